@@ -1,0 +1,525 @@
+"""The data sets: fetch and convert them, check them, and read, tokenise and batch them for the other scripts.
+
+    python data.py xnli    --out data/xnli                  # MultiNLI in English to train, XNLI to test
+    python data.py massive --out data/massive --intents 4   # the stand-in for the paper's in-house intents
+    python data.py check   data/xnli --model bert-base-multilingual-uncased
+
+Reads   the published archives, downloaded to OUT/../archives or taken from --archives.
+Writes  OUT/labels.txt, OUT/{train,dev,test}.LANG.tsv, OUT/sources.json (formats: README).
+Paper   section 1.3.
+"""
+import argparse
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from files import UserError, cli, sha256, write_atomic, write_json
+
+XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip"
+XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
+MASSIVE_URL = "https://amazon-massive-nlu-dataset.s3.amazonaws.com/amazon-massive-dataset-1.0.tar.gz"
+XNLI_LANGUAGES = "ar bg de el en es fr hi ru sw th tr ur vi zh".split()
+XNLI_LABELS = ["entailment", "neutral", "contradiction"]
+XNLI_ROWS = {"train": 392_702, "dev": 2_490, "test": 5_010}
+MASSIVE_ROWS = {"train": 11_514, "dev": 2_033, "test": 2_974}
+SPLITS = ("train", "dev", "test")
+MAX_LINE = 1 << 20  # bytes; a longer line is a broken file, not a text
+
+
+class Rows(NamedTuple):
+    """One split in one language: N texts, or pairs of texts, and N class indices (None where there are no labels)."""
+    text_a: list
+    text_b: list | None
+    labels: list | None
+
+
+class Encoded(NamedTuple):
+    """N tokenised rows end to end: row i is ids[starts[i]:starts[i + 1]], its second text begins at second[i]."""
+    ids: np.ndarray     # (all tokens,) int32
+    starts: np.ndarray  # (N + 1,) int64
+    second: np.ndarray  # (N,) int32
+    labels: np.ndarray  # (N,) int64
+
+    @property
+    def lengths(self):
+        """Tokens of each row, the special ones included: (N,)."""
+        return np.diff(self.starts)
+
+
+# --- the folder format -------------------------------------------------------------------------------------------
+
+def text_lines(stream, name):
+    """Yield (line number, text) from a binary stream. UserError for a line that is too long or not UTF-8."""
+    number = 0
+    while raw := stream.readline(MAX_LINE):
+        number += 1
+        if len(raw) == MAX_LINE:
+            raise UserError(f"{name}, line {number}: longer than {MAX_LINE:,} bytes")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}, line {number}: not UTF-8 (byte {raw[error.start]:#04x} at {error.start})") from None
+
+
+def table_lines(stream, name):
+    """Yield a tab-separated table's header (a list), then (line number, cells). UserError for a ragged row."""
+    header = None
+    for number, line in text_lines(stream, name):
+        cells = line.split("\t")
+        if header is None:
+            yield (header := cells)
+        elif len(cells) != len(header):
+            raise UserError(f"{name}, line {number}: {len(cells)} columns, expected {len(header)} "
+                            f"({', '.join(header[:4])}{', ...' * (len(header) > 4)})")
+        else:
+            yield number, cells
+    if header is None:
+        raise UserError(f"{name} is empty")
+
+
+def label_index(label, labels, where):
+    """The class index of a label. UserError names the place, the value and what is allowed."""
+    try:
+        return labels.index(label)
+    except ValueError:
+        shown = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+        raise UserError(f"{where}: unknown label {label[:60]!r}, expected one of {shown}") from None
+
+
+def read_labels(folder):
+    """The label names of a data set folder, in class-index order."""
+    path = Path(folder) / "labels.txt"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a data set folder: it has no labels.txt (python data.py --help)")
+    with open(path, "rb") as file:
+        labels = [line for _, line in text_lines(file, path)]
+    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
+        raise UserError(f"{path}: expected two or more different labels, one a line, got {labels[:8]}")
+    return labels
+
+
+def read_table(path, labels=None):
+    """Read a .tsv file of texts or pairs; `labels` (class-index order) are needed where it has a label column.
+
+    Returns Rows. UserError names the file, the line and what was expected.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        lines = table_lines(file, path)
+        header = next(lines)
+        texts = [name for name in header if name != "label"]
+        if texts not in (["text"], ["text_a", "text_b"]) or header not in (texts, texts + ["label"]):
+            raise UserError(f"{path}, line 1: the header is {header[:6]}, "
+                            "expected text or text_a, text_b, then label, separated by tabs")
+        columns, indices = [[] for _ in texts], []
+        for number, cells in lines:
+            for column, cell in zip(columns, cells):
+                column.append(cell)
+            if "label" in header:
+                indices.append(label_index(cells[-1], labels, f"{path}, line {number}"))
+    if not columns[0]:
+        raise UserError(f"{path} holds a header and no rows")
+    return Rows(columns[0], columns[1] if len(texts) == 2 else None, indices if "label" in header else None)
+
+
+def read_split(folder, split, language, labels):
+    """Rows of one split in one language. UserError lists the languages there are when that one is not."""
+    path = Path(folder) / f"{split}.{language}.tsv"
+    if not path.is_file():
+        there = split_languages(folder, split)
+        raise UserError(f"{path} does not exist; {split} is there in: {' '.join(there) or 'no language'}")
+    rows = read_table(path, labels)
+    if rows.labels is None:
+        raise UserError(f"{path}, line 1: no label column")
+    return rows
+
+
+def split_languages(folder, split):
+    """The languages a split is there in: English first, then by name."""
+    found = [path.name.split(".")[1] for path in Path(folder).glob(f"{split}.*.tsv") if path.name.count(".") == 2]
+    return sorted(found, key=lambda language: (language != "en", language))
+
+
+def take(rows, count):
+    """`count` rows spread evenly over Rows, the same ones in every language; all when there are fewer, or for None."""
+    total = len(rows.text_a)
+    if count is None or count >= total:
+        return rows
+    return Rows(*(column and [column[i * total // count] for i in range(count)] for column in rows))
+
+
+def fingerprint(folder, files):
+    """SHA-256 of each named file of a data set folder: {name: hexadecimal}."""
+    return {name: sha256(Path(folder) / name) for name in sorted(files)}
+
+
+# --- tokens and batches ------------------------------------------------------------------------------------------
+
+def encode(tokenizer, rows, max_length=128, chunk=8192):
+    """Tokenise Rows with the model's own fast tokenizer, pairs as pairs, cutting the longer text first.
+
+    Returns Encoded; rows without labels get class -1. `max_length` is in tokens, the special ones included.
+    """
+    ids, lengths, second = [], [], []
+    for start in range(0, len(rows.text_a), chunk):
+        part = slice(start, start + chunk)
+        tokens = tokenizer(rows.text_a[part], rows.text_b[part] if rows.text_b else None, max_length=max_length,
+                           truncation="longest_first", return_attention_mask=False, return_token_type_ids=True)
+        ids += [np.array(row, dtype=np.int32) for row in tokens["input_ids"]]
+        lengths += [len(row) for row in tokens["input_ids"]]
+        second += [len(types) - sum(types) for types in tokens["token_type_ids"]]
+    ids = np.concatenate(ids)
+    if np.mean(ids == tokenizer.unk_token_id) > 0.1:
+        print(f"warning: {np.mean(ids == tokenizer.unk_token_id):.0%} of the tokens are unknown to the tokenizer",
+              file=sys.stderr)
+    labels = rows.labels if rows.labels is not None else [-1] * len(lengths)
+    return Encoded(ids, np.concatenate([[0], np.cumsum(lengths)]), np.array(second, dtype=np.int32),
+                   np.array(labels, dtype=np.int64))
+
+
+def train_batches(lengths, size, seed, epoch, multiple=8):
+    """One epoch's batches: random rows of one rounded length together, in random order, from (seed, epoch) alone.
+
+    lengths (N,) in tokens -> list of index arrays of `size` rows (one may be shorter), every row once.
+    Rounding to a multiple of 8 is then nearly all the padding there is, and there are few shapes.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    order = order[np.argsort(-(-lengths[order] // multiple), kind="stable")]
+    batches = [order[start:start + size] for start in range(0, len(order), size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def sorted_batches(lengths, size):
+    """Batches for evaluation and extraction: by falling length, so that memory is at its highest at once."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
+def collate(encoded, rows, pad_id, limit=None, multiple=8):
+    """Pad some rows of an Encoded to a multiple of 8 tokens, `limit` at most.
+
+    rows: (B,) indices. Returns NumPy arrays input_ids, attention_mask (1: a token) and token_type_ids, each (B, T)
+    int64, and labels (B,) int64.
+    """
+    lengths = encoded.lengths[rows]
+    width = max(lengths.max(), min(-(-lengths.max() // multiple) * multiple, limit or 1 << 30))
+    columns = np.arange(width)
+    mask = columns < lengths[:, None]                                               # (B, T)
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = encoded.ids[(encoded.starts[rows][:, None] + columns)[mask]]
+    types = mask & (columns >= encoded.second[rows][:, None])
+    return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types.astype(np.int64),
+            "labels": encoded.labels[rows]}
+
+
+# --- conversion --------------------------------------------------------------------------------------------------
+
+def download(url, path, tries=5):
+    """Download to `path`, going on where an earlier try stopped. UserError after `tries` failures in a row."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                have = have if response.status == 206 else 0  # 200: the server starts from the beginning
+                length = response.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                with open(part, "ab" if have else "wb") as file, \
+                        tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=Path(path).name) as bar:
+                    while block := response.read(1 << 16):
+                        file.write(block)
+                        bar.update(len(block))
+            size = part.stat().st_size
+            if total in (None, size):
+                os.replace(part, path)
+                return
+            problem = f"the connection ended after {size:,} of {total:,} bytes"
+            failures = 0 if size > have else failures
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing left to send: the part is whole, or not this file's
+                part.unlink()
+            elif error.code < 500:
+                raise UserError(f"{url}: {error.code} {error.reason}") from None
+            problem = f"{error.code} {error.reason}"
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            problem = str(error)
+        failures += 1
+        if failures >= tries:
+            raise UserError(f"{url}: {problem}; the part is kept, run the command again to go on, or fetch the file "
+                            f"yourself and give its folder with --archives")
+        time.sleep(min(failures, 5) * 0.2)
+
+
+def find_archive(url, folder, out):
+    """The path of an archive: in --archives when given, else downloaded beside the data set once."""
+    path = Path(folder or Path(out).parent / "archives") / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        if folder:
+            raise UserError(f"{path} does not exist (--archives); it can be had from {url}")
+        download(url, path)
+    return path
+
+
+@contextlib.contextmanager
+def archive(path, opener):
+    """Open an archive; whatever is wrong with its bytes is a UserError."""
+    try:
+        with opener(path) as opened:
+            yield opened
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): delete it and fetch it again") from None
+
+
+def clean(text):
+    """Text for one cell: tabs and line breaks become spaces, all else stays."""
+    return re.sub(r"[\t\r\n]", " ", text)
+
+
+def zip_table(opened, path, member, columns):
+    """Yield (line number, the named cells) of a tab-separated member. UserError when it or a column is missing."""
+    try:
+        stream = opened.open(member)
+    except KeyError:
+        raise UserError(f"{path} has no member {member}") from None
+    with io.BufferedReader(stream, 1 << 20) as buffered:
+        lines = table_lines(buffered, f"{path}:{member}")
+        header = next(lines)
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(f"{path}:{member}, line 1: no column {missing[0]!r} in {header[:19]}")
+        where = [header.index(name) for name in columns]
+        for number, cells in lines:
+            yield number, [cells[i] for i in where]
+
+
+def read_xnli(path, path_mt, languages, train_languages):
+    """The XNLI archives -> {(split, language): Rows}, {(split, language): where it came from}."""
+    data, sources = {}, {}
+    with archive(path_mt, zipfile.ZipFile) as opened:
+        for language in train_languages:
+            member = f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
+            rows = Rows([], [], [])
+            for number, (premise, hypothesis, label) in zip_table(opened, path_mt, member, ["premise", "hypo", "label"]):
+                rows.text_a.append(clean(premise))
+                rows.text_b.append(clean(hypothesis))
+                label = "contradiction" if label == "contradictory" else label
+                rows.labels.append(label_index(label, XNLI_LABELS, f"{path_mt}:{member}, line {number}"))
+            data["train", language], sources["train", language] = rows, {"archive": path_mt.name, "member": member}
+    columns = ["language", "gold_label", "sentence1", "sentence2", "pairID"]
+    with archive(path, zipfile.ZipFile) as opened:
+        for split in ("dev", "test"):
+            member = f"XNLI-1.0/xnli.{split}.tsv"
+            found, pairs = {language: Rows([], [], []) for language in languages}, {}
+            for number, (language, label, premise, hypothesis, pair) in zip_table(opened, path, member, columns):
+                if language in found:
+                    rows = found[language]
+                    rows.text_a.append(clean(premise))
+                    rows.text_b.append(clean(hypothesis))
+                    rows.labels.append(label_index(label, XNLI_LABELS, f"{path}:{member}, line {number}"))
+                    pairs.setdefault(language, []).append(pair)
+            check_parallel(pairs, f"{path}:{member}", languages)
+            for language, rows in found.items():
+                data[split, language], sources[split, language] = rows, {"archive": path.name, "member": member}
+    return data, sources
+
+
+def read_massive(path, languages, train_languages, intents, balance, seed):
+    """The MASSIVE archive -> label names, {(split, language): Rows}, {(split, language): where it came from}."""
+    records, members = {}, {}
+    with archive(path, tarfile.open) as opened:
+        for info in opened:
+            match = re.fullmatch(r"1\.0/data/([a-z]{2})-([A-Z]{2})\.jsonl", info.name)
+            if not match or match[1] not in languages or match[1] == "zh" and match[2] != "CN" or not info.isfile():
+                continue
+            rows = records[match[1]] = {split: [] for split in SPLITS}
+            members[match[1]] = info.name
+            for number, line in text_lines(opened.extractfile(info), f"{path}:{info.name}"):
+                try:
+                    record = json.loads(line)
+                    rows[record["partition"]].append((str(record["id"]), record["intent"] + "", clean(record["utt"])))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise UserError(f"{path}:{info.name}, line {number}: expected a JSON object with id, partition "
+                                    f"(train, dev or test), intent and utt ({error!r})") from None
+    for language in languages:
+        if language not in records:
+            raise UserError(f"{path} has no member 1.0/data/{language}-*.jsonl")
+        for split in SPLITS:
+            check_parallel({tongue: [(row[0], row[1]) for row in records[tongue][split]] for tongue in ("en", language)},
+                           f"{path}:{members[language]}, partition {split}", [language])
+    counts = Counter(intent for _, intent, _ in records["en"]["train"])
+    labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[:intents or None])
+    if len(labels) < 2:
+        raise UserError(f"{path}:{members['en']}: {len(labels)} intents in the train partition, expected two or more")
+    data, sources = {}, {}
+    for language in languages:
+        for split in SPLITS:
+            if split == "train" and language not in train_languages:
+                continue
+            kept = [(labels.index(intent), text) for _, intent, text in records[language][split] if intent in labels]
+            if split == "train" and balance:
+                kept = balanced(kept, seed)
+            data[split, language] = Rows([text for _, text in kept], None, [label for label, _ in kept])
+            sources[split, language] = {"archive": path.name, "member": members[language]}
+    return labels, data, sources
+
+
+def balanced(rows, seed):
+    """Repeat (label, text) rows of the smaller classes until all are as large as the largest (paper section 1.3)."""
+    random = np.random.default_rng(seed)
+    largest = max(Counter(label for label, _ in rows).values())
+    for label in sorted({label for label, _ in rows}):
+        mine = [row for row in rows if row[0] == label]
+        rows = rows + [mine[i] for i in random.permutation(np.arange(largest - len(mine)) % len(mine))]
+    return rows
+
+
+def check_parallel(ids, where, languages):
+    """UserError unless each language's row ids are the first language's."""
+    first, *rest = [(language, ids.get(language, [])) for language in dict.fromkeys([*ids, *languages])]
+    for language, mine in [first, *rest]:
+        if not mine:
+            raise UserError(f"{where} has no rows for the language {language!r}")
+        if mine != first[1]:
+            at = next((i for i, (a, b) in enumerate(zip(mine, first[1])) if a != b), min(len(mine), len(first[1])))
+            raise UserError(f"{where}: {language} is not row-parallel with {first[0]}: they differ at row {at + 1} of "
+                            f"{len(mine)} and {len(first[1])}")
+
+
+def write_data_set(out, labels, data, sources, known):
+    """Write a data set folder, and warn where a row count is not the published one."""
+    out = Path(out)
+    names = {key: f"{key[0]}.{key[1]}.tsv" for key in data}
+    others = sorted({path.name for path in out.glob("*.*.tsv")} - set(names.values())) if out.is_dir() else []
+    if (out / "labels.txt").is_file() and (others or read_labels(out) != labels):
+        raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): give another --out, "
+                        "or delete it")
+    with write_atomic(out / "labels.txt") as file:
+        file.write("".join(f"{label}\n" for label in labels))
+    for key, name in names.items():
+        rows = data[key]
+        texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
+        with write_atomic(out / name) as file:
+            file.write("\t".join([*texts, "label"]) + "\n")
+            file.writelines("\t".join(cells) + "\n" for cells in zip(*texts.values(), [labels[i] for i in rows.labels]))
+        sources[key] |= {"sha256": sha256(out / name), "rows": len(rows.labels)}
+        expected = known.get(key[0], len(rows.labels))
+        print(f"{out / name}: {len(rows.labels):,} rows")
+        if len(rows.labels) != expected:
+            print(f"warning: {name} has {len(rows.labels):,} rows where the published {key[0]} set has {expected:,}",
+                  file=sys.stderr)
+    write_json(out / "sources.json", {names[key]: sources[key] for key in data})
+
+
+# --- check -------------------------------------------------------------------------------------------------------
+
+def check(folder, model=None, max_length=128):
+    """Print what a data set folder holds and what is odd about it; 1 when something is wrong, else 0."""
+    labels = read_labels(folder)
+    data = {(split, language): read_split(folder, split, language, labels)
+            for split in SPLITS for language in split_languages(folder, split)}
+    if not data:
+        raise UserError(f"{folder} has no train, dev or test file")
+    if model:
+        from model import load_tokenizer
+        tokenizer = load_tokenizer(model)
+    print(f"{folder}: {len(labels)} labels: {' '.join(labels[:8])}{' ...' * (len(labels) > 8)}")
+    print(f"{'file':<16}{'rows':>9}{'smallest':>10}{'largest':>9}{'twice':>8}{'in train':>10}"
+          + f"{'tokens':>8}{'unknown':>9}{'cut':>7}" * bool(model))
+    train, wrong = set(), []
+    for (split, language), rows in data.items():
+        texts = list(zip(rows.text_a, rows.text_b)) if rows.text_b else rows.text_a
+        if split == "train":
+            train.update(texts)
+        share = np.bincount(rows.labels, minlength=len(labels)) / len(texts)
+        line = (f"{split + '.' + language:<16}{len(texts):>9,}{share.min():>10.1%}{share.max():>9.1%}"
+                f"{len(texts) - len(set(texts)):>8,}"
+                f"{'' if split == 'train' else sum(text in train for text in texts):>10}")
+        if model:
+            encoded = encode(tokenizer, rows, max_length=1 << 20)
+            unknown = np.mean(encoded.ids == tokenizer.unk_token_id)
+            line += f"{encoded.lengths.mean():>8.1f}{unknown:>9.2%}{np.mean(encoded.lengths > max_length):>7.1%}"
+        print(line)
+        if split != "train" and rows.labels != data[split, split_languages(folder, split)[0]].labels:
+            wrong.append(f"{split}.{language}.tsv is not row-parallel with {split}.{split_languages(folder, split)[0]}.tsv")
+        if rows.text_b is None and next(iter(data.values())).text_b is not None:
+            wrong.append(f"{split}.{language}.tsv holds single texts where another file holds pairs")
+    print("smallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
+          "in train: rows whose text is in a train file too" + f"; cut: longer than {max_length} tokens" * bool(model))
+    for sentence in wrong:
+        print(f"warning: {sentence}")
+    return int(bool(wrong))
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, languages in (("xnli", "en zh es de ar ur"), ("massive", "en de es fr zh")):
+        command = commands.add_parser(name, help=f"fetch and convert {name}")
+        command.add_argument("--out", required=True, help="data set folder to write")
+        command.add_argument("--archives", metavar="DIR", help="folder that holds the archives (default: download them)")
+        command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG",
+                             help=f"languages of dev and test, two-letter codes (default: {languages})")
+        command.add_argument("--train-languages", nargs="+", default=["en"], metavar="LANG",
+                             help="languages of train (default: en); others are for Translate-Train, not zero-shot")
+    command.add_argument("--intents", type=int, default=4,
+                         help="keep the N most frequent intents of English train (default: 4; 0: all 60)")
+    command.add_argument("--balance", action="store_true",
+                         help="repeat train rows of the smaller classes until all are equal, as the paper did")
+    command.add_argument("--seed", type=int, default=0, help="for --balance (default: 0)")
+    command = commands.add_parser("check", help="print what a data set folder holds and what is odd about it")
+    command.add_argument("folder", help="data set folder")
+    command.add_argument("--model", help="model whose tokenizer to count tokens with (hub name or folder)")
+    command.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
+    args = parser.parse_args(argv)
+    if args.command != "check":
+        for language in args.languages + args.train_languages:
+            if not re.fullmatch("[a-z]{2}", language) or args.command == "xnli" and language not in XNLI_LANGUAGES:
+                parser.error(f"language {language!r}: expected "
+                             + (" ".join(XNLI_LANGUAGES) if args.command == "xnli" else "a two-letter code"))
+        if args.command == "massive" and (args.intents < 0 or args.intents == 1):
+            parser.error(f"--intents {args.intents}: expected 0 (all) or 2 and more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.command == "check":
+        return check(args.folder, args.model, args.max_length)
+    if args.command == "xnli":
+        paths = [find_archive(url, args.archives, args.out) for url in (XNLI_URL, XNLI_MT_URL)]
+        labels, known = XNLI_LABELS, XNLI_ROWS
+        data, sources = read_xnli(*paths, dict.fromkeys(args.languages), dict.fromkeys(args.train_languages))
+    else:
+        path = find_archive(MASSIVE_URL, args.archives, args.out)
+        languages = list(dict.fromkeys(["en", *args.languages, *args.train_languages]))
+        labels, data, sources = read_massive(path, languages, args.train_languages, args.intents, args.balance, args.seed)
+        data = {key: rows for key, rows in data.items() if key[0] == "train" or key[1] in args.languages}
+        known = {} if args.intents else MASSIVE_ROWS
+    write_data_set(args.out, labels, data, sources, known)
+
+
+if __name__ == "__main__":
+    cli(main)

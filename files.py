@@ -1,0 +1,130 @@
+"""What every script does with files: write them whole or not at all, go on after a stop, say in one sentence what is wrong.
+
+Read by the scripts, run by none.
+"""
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence with file, line, value and what was expected."""
+
+
+def cli(main):
+    """Run a script's main: a user's mistake or a full disk is one sentence and exit status 2, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os._exit(141)
+    except (UserError, OSError) as error:
+        sys.stdout.flush()
+        sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
+
+
+@contextlib.contextmanager
+def write_atomic(path, mode="w"):
+    """Open a file beside `path` that takes its place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, whole or not at all."""
+    with write_atomic(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, *keys):
+    """The JSON object in a file, which must hold `keys`. UserError when it is missing, broken or lacks one."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing or not isinstance(value, dict):
+        raise UserError(f"{path} should be a JSON object" + f" with the key {missing[0]!r}" * bool(missing))
+    return value
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(old, new, prefix=""):
+    """How two nested dicts differ, a phrase for each value; the empty list when they do not."""
+    phrases = []
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            phrases += differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            phrases.append(f"{prefix}{key} was {before!r}, is now {now!r}"[:200])
+    return phrases
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Hold an output folder for this process. UserError when another process holds it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is in use by another process") from None
+        yield
+
+
+def start_folder(folder, name, description, extra=None, overwrite=False):
+    """Begin, or go on with, the output folder of a long job that `description` (a dict) defines.
+
+    Writes folder/name (JSON) with "complete": false; finish_folder() turns it to true. Returns whether the job is
+    complete already. UserError names what differs when the folder is another job's. `extra` is noted, not compared.
+    """
+    folder, description = Path(folder), json.loads(json.dumps(description))
+    there = sorted(path for path in folder.iterdir() if path.name != ".lock")
+    if overwrite:
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif (folder / name).is_file():
+        old = read_json(folder / name, "complete")
+        different = differences({key: old.get(key) for key in description}, description)
+        if different:
+            raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. Give another --out, or "
+                            "--overwrite to delete it and start anew")
+        return old["complete"]
+    elif there:
+        raise UserError(f"{folder} holds {there[0].name} but no {name}: give another --out, or --overwrite to delete it all")
+    write_json(folder / name, {"complete": False, **description, **(extra or {})})
+    return False
+
+
+def finish_folder(folder, name):
+    """Note in folder/name that the job of start_folder() is complete."""
+    write_json(Path(folder) / name, {**read_json(Path(folder) / name), "complete": True})

@@ -1,0 +1,402 @@
+"""Phase 1b: train a small classifier on every combination of layers, pooling and seed, and rank them.
+
+    python grid_search.py --features features/massive --out grid/massive
+
+Reads   FEATURES/ as extract.py writes it. Trains on English, tests in every language there is.
+Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --layers-from takes), OUT/summary.md,
+        OUT/confusion.LANG.csv of the chosen combination, OUT/parts/ (the confusion matrices of all models: with them
+        a second call with another --select takes a second, and a stopped search goes on), OUT/run.json.
+Paper   sections 1.1 (phase one) and 1.5. 255 combinations of layers 5..12, 3 poolings, 5 seeds: 3,825 models.
+
+All models of one pooling train together. With L layers, the M = 2^L subsets are numbered in binary: model m uses layer l
+if bit l of m is set (model 0 uses none and is not reported). Their weights for layer l stand side by side in one matrix,
+so that a step is L matrix products, whatever M is, and no product is spent on a layer that a model does not use.
+"""
+import argparse
+import csv
+import itertools
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from files import UserError, claim, cli, finish_folder, read_json, sha256, start_folder, write_atomic, write_json
+from model import POOLINGS, check_layers, pick_device, pick_precision, versions
+
+
+# --- the models --------------------------------------------------------------------------------------------------
+
+class SubsetProducts(torch.autograd.Function):
+    """Every subset's features times its own weights, as L products.
+
+    x (L, S, B, D) and L weights (S, D, K * M/2), float32, multiplied in x's dtype -> (S, B, K, M) float32. Seen as
+    (..., 2, 2, ..., 2), the last dimension has an axis a layer, and layer l adds to the half where its bit is set.
+    """
+
+    @staticmethod
+    def halves(full, layer, layers):
+        """The half of (S, B, K, M) that uses a layer: (S, B, K, 2^(L-1-layer), 2^layer), a view."""
+        return full.unflatten(3, (2 ** (layers - 1 - layer), 2, 2 ** layer))[:, :, :, :, 1]
+
+    @staticmethod
+    def forward(ctx, x, units, *weights):
+        ctx.save_for_backward(x)
+        layers, seeds, rows, _ = x.shape
+        out = x.new_zeros(seeds, rows, units, 2 ** layers, dtype=weights[0].dtype)
+        for layer, weight in enumerate(weights):
+            half = SubsetProducts.halves(out, layer, layers)
+            half += torch.bmm(x[layer], weight.to(x.dtype)).view_as(half)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        return (None, None, *(torch.bmm(x[layer].transpose(1, 2), SubsetProducts.halves(gradient, layer, len(x)).flatten(2)
+                                        .to(x.dtype)).to(gradient.dtype) for layer in range(len(x))))
+
+
+def initial_weights(generators, layers, size, classes, hidden, dtype, device):
+    """The first weights of all models, from each seed's generator; nn.Linear's uniform distribution.
+
+    All models of a seed begin from the same draw, scaled by their own number of inputs. Returns the list of L weights
+    (S, D, K * M/2), the bias (S, K, M) and, with a hidden layer, its weights (S, H, C) and bias (S, C, 1), shared draws
+    but one copy for each model: (S, H, C, M), (S, C, M).
+    """
+    models, units = 2 ** layers, hidden or classes
+
+    def uniform(*shape):
+        return torch.stack([torch.rand(*shape, generator=g, dtype=dtype, device=device) * 2 - 1 for g in generators])
+
+    used = torch.tensor([bin(m).count("1") for m in range(models)], dtype=dtype, device=device).clamp(min=1)
+    scale = 1 / (used * size).sqrt()                                                           # (M,)
+    weights = [(uniform(size, units)[..., None]
+                * SubsetProducts.halves(scale[None, None, None], layer, layers).reshape(-1)).flatten(2)
+               for layer in range(layers)]
+    rest = [uniform(units)[..., None] * scale]
+    if hidden:
+        rest += [(uniform(hidden, classes) / hidden ** 0.5)[..., None].repeat(1, 1, 1, models),
+                 (uniform(classes) / hidden ** 0.5)[..., None].repeat(1, 1, models)]
+    return weights, rest
+
+
+def keep_mask(generators, shape, dropout, device):
+    """Dropout's masks, one a seed: (S, *shape), True where a value is kept; 16 random bits decide each."""
+    count = int(np.prod(shape))
+    bits = [torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=g)
+            .view(torch.int16)[:count].view(shape) for g in generators]
+    return torch.stack(bits) >= round(dropout * 65536) - 32768
+
+
+def logits_of(x, weights, rest, scale=1.0, mask=None):
+    """x (L, S, B, D) -> logits of all models (S, B, C, M); `scale` and `mask` (S, B, H, 1) are dropout's."""
+    bias, *head = rest
+    out = SubsetProducts.apply(x, bias.shape[1], *weights) * scale + bias[:, None]
+    if head:
+        out = out.relu() * (mask * scale if mask is not None else 1)
+        out = torch.einsum("sbhm,shcm->sbcm", out, head[0]) + head[1][:, None]
+    return out
+
+
+def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch_size=128, lr=1e-3, dropout=0.1,
+                 dtype=torch.float32, progress=lambda: None):
+    """Train all subsets of the layers, for several seeds, together: Adam on the mean cross-entropy of each model.
+
+    features (L, N, D) in the dtype of the products, labels (N,). Every model of a seed sees the same rows in the same
+    order under the same dropout mask, so that any of them trained alone comes out the same. Returns the weights as
+    initial_weights() does. UserError when a loss is not finite.
+    """
+    layers, count, size = features.shape
+    device = features.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    weights, rest = initial_weights(generators, layers, size, classes, hidden, dtype, device)
+    parameters = [parameter.requires_grad_() for parameter in weights + rest]
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+    scale = 1 / (1 - dropout)
+    for _ in range(epochs):
+        orders = torch.stack([torch.randperm(count, generator=g, device=device) for g in generators])    # (S, N)
+        for rows in orders.split(batch_size, dim=1):                                                     # (S, B)
+            x = features[:, rows]                                                                        # (L, S, B, D)
+            mask = None
+            if dropout:
+                x = x * keep_mask(generators, (layers, rows.shape[1], size), dropout, device).transpose(0, 1)
+                if hidden:
+                    mask = keep_mask(generators, (rows.shape[1], hidden, 1), dropout, device)
+            logits = logits_of(x, weights, rest, scale, mask)                                            # (S, B, C, M)
+            right = logits.gather(2, labels[rows][:, :, None, None].expand(-1, -1, 1, logits.shape[3]))
+            loss = (logits.logsumexp(2) - right[:, :, 0]).sum() / rows.shape[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress()
+    if not torch.isfinite(loss):
+        raise UserError(f"the search's loss is {loss.item()}: are the features sane, and is --lr {lr} not too high?")
+    return weights, rest
+
+
+@torch.inference_mode()
+def confusion_matrices(weights, rest, features, labels, classes, chunk=512):
+    """Confusion matrices of all models on one test file: (S, M, true C, predicted C) int32 NumPy."""
+    seeds, models = rest[0].shape[0], rest[0].shape[2]
+    total = torch.zeros(seeds * models * classes * classes, dtype=torch.int64, device=features.device)
+    model = torch.arange(seeds * models, device=features.device).view(seeds, 1, models)
+    for start in range(0, len(labels), chunk):
+        part = slice(start, start + chunk)
+        x = features[:, None, part].expand(-1, seeds, -1, -1)
+        predicted = logits_of(x, weights, rest).argmax(2)                                      # (S, B, M)
+        index = (model * classes + labels[part][None, :, None]) * classes + predicted
+        total += torch.bincount(index.flatten(), minlength=len(total))
+    return total.view(seeds, models, classes, classes).cpu().numpy().astype(np.int32)
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+def micro_f1(confusion):
+    """Micro-F1 from confusion matrices (..., C, C), as in the paper's section 1.5; here it equals accuracy."""
+    true = np.trace(confusion, axis1=-2, axis2=-1)
+    precision = recall = true / np.maximum(confusion.sum((-2, -1)), 1)  # one label a row: false positives = false negatives
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+
+
+def macro_f1(confusion):
+    """Mean of the classes' F1 from confusion matrices (..., C, C); a class with neither rows nor predictions counts 0."""
+    true = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return (2 * true / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)).mean(-1)
+
+
+def best_of(scores, combinations, poolings):
+    """(pooling, layers) with the highest score; ties go to fewer layers, then to lower ones, then to the first pooling.
+
+    scores: (P, combinations), one for each pooling and combination.
+    """
+    keys = [(-round(scores[p, m], 9), len(layers), layers, p)
+            for p in range(len(poolings)) for m, layers in enumerate(combinations)]
+    _, _, layers, p = min(keys)
+    return poolings[p], list(layers)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+def load_array(path, shape):
+    """A .npy file of that shape, memory-mapped. UserError when it is missing, cut short or another."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run extract.py again") from None
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): run extract.py again") from None
+    if array.shape != shape or array.dtype.kind not in "fi":
+        raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, the manifest says {shape}")
+    return array
+
+
+def load_features(folder, manifest, stem, pooling, layers, dtype, device):
+    """The chosen layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
+    rows = manifest["inputs"][f"{stem}.tsv"]["rows"]
+    path = Path(folder) / f"{stem}.{pooling}.npy"
+    array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
+    array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
+    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,)))
+    if not ((0 <= labels) & (labels < len(manifest["labels"]))).all():
+        raise UserError(f"{folder}/{stem}.labels.npy holds classes outside 0..{len(manifest['labels']) - 1}")
+    return torch.from_numpy(array).to(device, dtype), torch.from_numpy(labels).to(device)
+
+
+def part_path(out, pooling, seed):
+    return Path(out) / "parts" / f"{pooling}.{seed}.npz"
+
+
+def load_part(path, shape):
+    """The confusion matrices (files, M, C, C) of one pooling and seed, and the seconds they took."""
+    try:
+        with np.load(path) as part:
+            confusion, seconds = part["confusion"], float(part["seconds"])
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): delete it, and run the search again") from None
+    if confusion.shape != shape:
+        raise UserError(f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again")
+    return confusion, seconds
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+def selections(f1, files, combinations, poolings):
+    """What each protocol chooses: {name: (pooling, layers)} for en, joint, test, and {language: ...} for the oracle.
+
+    f1: (P, combinations, S, files); `files` are names like dev.de. A protocol whose files are not there is left out.
+    """
+    mean = f1.mean(2)                                                                           # (P, combinations, files)
+    groups = {"en": ["dev.en"], "joint": [name for name in files if name[:4] == "dev." and name != "dev.en"],
+              "test": [name for name in files if name[:5] == "test." and name != "test.en"]}
+    chosen = {name: best_of(mean[..., [files.index(file) for file in group]].mean(-1), combinations, poolings)
+              for name, group in groups.items() if group and set(group) <= set(files)}
+    oracle = {name[4:]: best_of(mean[..., i], combinations, poolings)
+              for i, name in enumerate(files) if name.startswith("dev.")}
+    return chosen, oracle
+
+
+def summary(f1, macro, files, combinations, poolings, hidden, select, chosen, oracle, seconds):
+    """The report in Markdown, as a string. f1, macro: (P, combinations, S, files)."""
+    def named(pooling, layers):
+        return f"{pooling} of {'+'.join(map(str, layers))}"
+
+    def where(pooling, layers):
+        return poolings.index(pooling), combinations.index(tuple(layers))
+
+    tests = [i for i, name in enumerate(files) if name.startswith("test.")]
+    foreign = [i for i in tests if files[i] != "test.en"] or tests
+    by = {"en": ["dev.en"], "joint": [n for n in files if n[:4] == "dev." and n != "dev.en"], "test": [files[i] for i in foreign]}
+    score = f1[..., [files.index(name) for name in by[select]]].mean(-1)                        # (P, combinations, S)
+    test = f1[..., foreign].mean(-1)                                                            # (P, combinations, S)
+    mean = score.mean(2)
+    order = sorted(np.ndindex(mean.shape), key=lambda pm: (-round(mean[pm], 9), len(combinations[pm[1]]), combinations[pm[1]], pm[0]))
+    lines = ["# The search", "", f"{f1[..., 0].size:,} models ({len(combinations)} combinations x {len(poolings)} poolings x {f1.shape[2]} seeds"
+             f"{f', hidden layer of {hidden}' if hidden else ''}), {seconds:.1f} s, {1000 * seconds / f1[..., 0].size:.1f} ms a model. "
+             f"Ranked by `{select}`: micro-F1 averaged over {', '.join(by[select])}. "
+             "`paper F1` is the mean over the non-English test sets. Percent, mean and standard deviation over the seeds.",
+             "", "| rank | pooling | layers | ranked by | +- | paper F1 | +- |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {rank} | {poolings[p]} | {'+'.join(map(str, combinations[m]))} | {100 * mean[p, m]:.2f} | {100 * score[p, m].std():.2f} "
+              f"| {100 * test[p, m].mean():.2f} | {100 * test[p, m].std():.2f} |" for rank, (p, m) in enumerate(order[:10], 1)]
+    single = {layers[0]: mean[:, m] for m, layers in enumerate(combinations) if len(layers) == 1}
+    best_single = min(((-score, layer, p) for layer, scores in single.items() for p, score in enumerate(scores)))
+    lines += ["", f"Best single layer: {best_single[1]} ({poolings[best_single[2]]}, {-100 * best_single[0]:.2f}). "
+              f"Best pooling, averaged over all combinations: {poolings[int(mean.mean(1).argmax())]} ("
+              + ", ".join(f"{pooling} {100 * mean[p].mean():.2f}" for p, pooling in enumerate(poolings)) + ").",
+              "", "| layer | mean with it | mean without it | difference | alone: " + " | alone: ".join(poolings) + " |",
+              "|---|---|---|---|" + "---|" * len(poolings)]
+    for layer in sorted(single):
+        has = np.array([layer in layers for layers in combinations])
+        with_it, without = 100 * mean[:, has].mean(), 100 * mean[:, ~has].mean() if (~has).any() else float("nan")
+        lines.append(f"| {layer} | {with_it:.2f} | {without:.2f} | {with_it - without:+.2f} | "
+                     + " | ".join(f"{100 * value:.2f}" for value in single[layer]) + " |")
+    lines += ["", "What each protocol chooses, and its micro-F1 on the test sets. `en`: on English dev, true zero-shot; `joint`: on the "
+              "mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper did.", "",
+              "| protocol | choice | " + " | ".join(files[i][5:] for i in tests) + " | paper F1 | macro-F1 |", "|---|---|" + "---|" * (len(tests) + 2)]
+    rows = {name: [choice] * len(tests) for name, choice in chosen.items()}
+    if set(files[i][5:] for i in tests) <= set(oracle):
+        rows["oracle"] = [oracle[files[i][5:]] for i in tests]
+    for name in [name for name in ("en", "joint", "oracle", "test") if name in rows and tests]:
+        scores, macros = ([100 * table[where(*choice)][:, i].mean() for choice, i in zip(rows[name], tests)] for table in (f1, macro))
+        outside = [k for k, i in enumerate(tests) if i in foreign]
+        lines.append(f"| {name} | {named(*rows[name][0]) if name != 'oracle' else 'per language'} | "
+                     + " | ".join(f"{value:.2f}" for value in scores) + f" | {np.mean([scores[k] for k in outside]):.2f} "
+                     f"| {np.mean([macros[k] for k in outside]):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("files")
+    group.add_argument("--features", required=True, help="feature folder (extract.py)")
+    group.add_argument("--out", required=True, help="grid folder to write")
+    group.add_argument("--overwrite", action="store_true", help="delete what is in OUT and start anew")
+    group = parser.add_argument_group("the search")
+    group.add_argument("--layers", type=int, nargs="+", default=list(range(5, 13)), metavar="K",
+                       help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)")
+    group.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="(default: max mean cls)")
+    group.add_argument("--seeds", type=int, default=5, help="models of each combination (default: 5)")
+    group.add_argument("--select", choices=["joint", "en", "test"], default="joint",
+                       help="rank by the mean of the non-English dev sets (default), by English dev (true zero-shot), or by the "
+                            "mean of the non-English test sets, as the paper did: its scores are then too high by the choice")
+    group = parser.add_argument_group("each classifier")
+    group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer (default: 0: none)")
+    group.add_argument("--epochs", type=int, default=20, help="passes over the train rows (default: 20)")
+    group.add_argument("--batch-size", type=int, default=128, help="rows a step (default: 128)")
+    group.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 1e-3)")
+    group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                       help="of matrix products (default: auto: bf16 where the hardware has it)")
+    args = parser.parse_args(argv)
+    for name, lowest in (("seeds", 1), ("hidden", 0), ("epochs", 1), ("batch_size", 1)):
+        if getattr(args, name) < lowest:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
+    if not 0 <= args.dropout < 1 or not args.lr > 0:
+        parser.error(f"--dropout {args.dropout} --lr {args.lr}: expected 0 <= dropout < 1 and lr > 0")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, device = Path(args.out), pick_device()
+    manifest = read_json(Path(args.features) / "manifest.json", "layers", "hidden_size", "labels", "inputs", "poolings", "complete")
+    if not manifest["complete"]:
+        raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
+    check_layers(args.layers, max(manifest["layers"]), "--layers")
+    layers, seeds, classes = sorted(args.layers), list(range(args.seeds)), len(manifest["labels"])
+    stems = sorted((name.removesuffix(".tsv") for name in manifest["inputs"]), key=lambda s: (s[:3], not s.endswith(".en"), s))
+    files = [stem for stem in stems if not stem.startswith("train.")]
+    if "train.en" not in stems or not files:
+        raise UserError(f"{args.features}: the search needs train.en and a dev or test file, it holds {' '.join(stems)}")
+    precision = pick_precision("fp32" if args.precision == "auto" and device.type == "cuda"
+                               and not torch.cuda.is_bf16_supported(including_emulation=False) else args.precision, device)
+    combinations = [tuple(layer for bit, layer in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
+    shape = (len(files), len(combinations), classes, classes)
+    description = {**{key: getattr(args, key) for key in ("features", "seeds", "hidden", "epochs", "batch_size", "lr", "dropout")},
+                   "layers": layers, "poolings": args.poolings, "precision": str(precision).removeprefix("torch."),
+                   "manifest": sha256(Path(args.features) / "manifest.json")}
+    with claim(out):
+        start_folder(out, "run.json", description, {"versions": versions()}, args.overwrite)
+        steps = -(-manifest["inputs"]["train.en.tsv"]["rows"] // args.batch_size) * args.epochs
+        missing = {pooling: [seed for seed in seeds if not part_path(out, pooling, seed).exists()] for pooling in args.poolings}
+        missing = {pooling: todo for pooling, todo in missing.items() if todo}
+        print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} poolings x "
+              f"{args.seeds} seeds = {len(combinations) * len(args.poolings) * args.seeds:,} models on {device}, "
+              f"{description['precision']} products")
+        with tqdm(total=steps * len(missing), unit="step") as bar:
+            for pooling, todo in missing.items():
+                bar.set_description(pooling)
+                start = time.perf_counter()
+                features, labels = load_features(args.features, manifest, "train.en", pooling, layers, precision, device)
+                models = train_models(features, labels, classes, todo, hidden=args.hidden, epochs=args.epochs, lr=args.lr,
+                                      batch_size=args.batch_size, dropout=args.dropout, progress=bar.update)
+                tables = [confusion_matrices(*models, *load_features(args.features, manifest, stem, pooling, layers, precision,
+                                                                     device), classes) for stem in files]
+                tables = np.stack(tables)[:, :, 1:]                                            # (files, S, combinations, C, C)
+                seconds = (time.perf_counter() - start) / len(todo)
+                for i, seed in enumerate(todo):
+                    with write_atomic(part_path(out, pooling, seed), "wb") as file:
+                        np.savez(file, confusion=tables[:, i], seconds=seconds)
+        write_report(out, args, manifest, description, files, combinations, shape)
+    return 0
+
+
+def write_report(out, args, manifest, description, files, combinations, shape):
+    """Read all parts, rank the models, write the grid folder's files and print the summary."""
+    parts = [[load_part(part_path(out, pooling, seed), shape) for seed in range(args.seeds)] for pooling in args.poolings]
+    seconds = sum(part[1] for row in parts for part in row)
+    tables = np.stack([np.stack([part[0] for part in row], axis=1) for row in parts])           # (P, files, S, M, C, C)
+    f1, macro = (score(tables).transpose(0, 3, 2, 1) for score in (micro_f1, macro_f1))         # (P, M, S, files)
+    chosen, oracle = selections(f1, files, combinations, args.poolings)
+    if args.select not in chosen:
+        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
+    pooling, layers = chosen[args.select]
+    report = summary(f1, macro, files, combinations, args.poolings, args.hidden, args.select, chosen, oracle, seconds)
+    with write_atomic(out / "results.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["pooling", "layers", "hidden", "seed", *(name.replace(".", "_") for name in files)])
+        for p, m, seed in itertools.product(*map(range, f1.shape[:3])):
+            writer.writerow([args.poolings[p], "+".join(map(str, combinations[m])), args.hidden, seed,
+                             *(f"{value:.6f}" for value in f1[p, m, seed])])
+    best = tables[args.poolings.index(pooling), :, :, combinations.index(tuple(layers))].sum(1)  # (files, C, C)
+    for name, table in zip(files, best):
+        if name.startswith("test."):
+            with write_atomic(out / f"confusion.{name[5:]}.csv") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["true \\ predicted", *manifest["labels"]])
+                writer.writerows([label, *row] for label, row in zip(manifest["labels"], table.tolist()))
+    with write_atomic(out / "summary.md") as file:
+        file.write(report)
+    write_json(out / "best.json", {
+        "layers": layers, "pooling": pooling, "select": args.select, "hidden": args.hidden, "model": manifest.get("model"),
+        "per_language": {language: {"layers": choice[1], "pooling": choice[0]} for language, choice in oracle.items()},
+        "protocols": {name: {"layers": choice[1], "pooling": choice[0]} for name, choice in chosen.items()}})
+    finish_folder(out, "run.json")
+    print(report + f"\nchosen: {pooling} pooling of layers {' '.join(map(str, layers))}; written to {out}/")
+
+
+if __name__ == "__main__":
+    cli(main)

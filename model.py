@@ -1,0 +1,305 @@
+"""The model: a multilingual encoder cut at a layer, pooling, the classifier, freezing; loading and saving.
+
+Read by the scripts, run by none. Paper: section 1.4 and Figure 4.
+
+Letters in comments:  B batch  T tokens  D hidden size  L layers  N rows  M models  S seeds  C classes
+Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block k, counted from 1, so that
+`hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
+"""
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import transformers
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from data import collate, sorted_batches
+from files import UserError, read_json, sha256
+
+POOLINGS = ("max", "mean", "cls")
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+# --- the encoder, its blocks, and freezing -----------------------------------------------------------------------
+
+def blocks(encoder):
+    """The encoder's nn.ModuleList of transformer blocks; layer k is block k - 1 of it."""
+    inner = getattr(encoder, "encoder", None) or getattr(encoder, "transformer", None)
+    layers = getattr(inner, "layer", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(f"{type(encoder).__name__} is not an encoder whose blocks are known here (as BERT, XLM-R, "
+                        "DistilBERT, DeBERTa)")
+    return layers
+
+
+def layer_module(encoder, layer):
+    """The module whose output is `layer`: the embeddings (0) or block `layer`, counted from 1."""
+    return encoder.embeddings if layer == 0 else blocks(encoder)[layer - 1]
+
+
+def check_layers(layers, count, flag):
+    """UserError unless `layers` are different numbers from 0 to `count`."""
+    wrong = [layer for layer in layers if not 0 <= layer <= count]
+    if wrong:
+        raise UserError(f"{flag} {wrong[0]}: the model has layers 0 (embeddings) to {count}")
+    if len(set(layers)) < len(layers):
+        raise UserError(f"{flag} {' '.join(map(str, layers))}: a layer is named twice")
+
+
+def cut_after(encoder, layer):
+    """Drop the blocks above `layer`: nothing that reads layers up to it can see the difference."""
+    del blocks(encoder)[layer:]
+    encoder.config.num_hidden_layers = layer  # DistilBERT's n_layers is an alias of it
+
+
+def freeze_layers(encoder, layers):
+    """Stop training exactly these layers (paper section 1.6): requires_grad off and the gradient gone.
+
+    Dropout in them stays on, as in the paper. Returns the parameters frozen now; layers above the cut have none.
+    """
+    frozen = [parameter for layer in layers if layer <= len(blocks(encoder))
+              for parameter in layer_module(encoder, layer).parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad, parameter.grad = False, None
+    return frozen
+
+
+def hidden_states(encoder, batch):
+    """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if getattr(encoder.config, "type_vocab_size", 0) > 1:  # XLM-R has one type, DistilBERT takes none
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    output = encoder(**inputs, output_hidden_states=True)
+    return output.hidden_states or (output.last_hidden_state,), output  # no blocks: the embeddings alone
+
+
+# --- pooling and the classifier ----------------------------------------------------------------------------------
+
+def pool(states, mask, pooling):
+    """Pool a layer's states over the tokens, [CLS] and [SEP] included, in float32: (B, T, D), (B, T) -> (B, D)."""
+    if pooling == "cls":
+        return states[:, 0].float()
+    inside = mask.bool()[:, :, None]                                                    # (B, T, 1)
+    if pooling == "max":
+        return states.float().masked_fill(~inside, -torch.inf).amax(dim=1)
+    return states.float().masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)
+
+
+class Classifier(nn.Module):
+    """An encoder with a classifier on top.
+
+    head "layers": the pooled states of the chosen layers, concatenated -> dropout -> linear (the paper's model);
+                   with `hidden` > 0 a ReLU layer of that size and a second dropout stand between (its conclusion 8).
+    head "pooler": [CLS] of the last layer -> the pretrained dense + tanh -> dropout -> linear (BERT's own head).
+    """
+
+    def __init__(self, encoder, labels, head="layers", layers=(6, 8, 11), pooling="max", dropout=0.1, hidden=0):
+        super().__init__()
+        self.encoder, self.labels, self.head = encoder, list(labels), head
+        self.layers, self.pooling, self.dropout, self.hidden = list(layers), pooling, dropout, hidden
+        size = encoder.config.hidden_size
+        if head == "pooler":
+            self.layers, self.pooling, features = [len(blocks(encoder))], "cls", size
+            self.dense = None if getattr(encoder, "pooler", None) is not None else nn.Linear(size, size)
+        else:
+            features = size * len(self.layers)
+        parts = [nn.Dropout(dropout)]
+        if hidden:
+            parts += [nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        self.classifier = nn.Sequential(*parts, nn.Linear(hidden or features, len(self.labels)))
+
+    def forward(self, batch):
+        """input_ids, attention_mask, token_type_ids (B, T) -> logits (B, C)."""
+        states, output = hidden_states(self.encoder, batch)
+        if self.head == "layers":
+            features = torch.cat([pool(states[k], batch["attention_mask"], self.pooling) for k in self.layers], dim=1)
+        elif self.dense is None:
+            features = output.pooler_output
+        else:
+            features = torch.tanh(self.dense(states[-1][:, 0]))
+        return self.classifier(features)                                                # (B, C)
+
+
+# --- loading and saving ------------------------------------------------------------------------------------------
+
+def load_tokenizer(name):
+    """The model's own fast tokenizer. UserError when there is none, or it cannot be had."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {first_line(error)}") from None
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")
+    return tokenizer
+
+
+def load_encoder(name, top=None, attention=None):
+    """Load an encoder in float32, whatever its file holds, cut after layer `top` (None: whole).
+
+    Reads safetensors alone and runs no code of the model's. Returns the encoder and whether it has a pretrained
+    pooler. UserError when it cannot be had, or lacks weights.
+    """
+    try:
+        encoder, info = AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=attention)
+    except Exception as error:
+        raise UserError(f"no encoder can be loaded from {str(name)!r}: {first_line(error)}") from None
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing or info["mismatched_keys"]:
+        raise UserError(f"{str(name)!r} lacks weights of {type(encoder).__name__}: {(missing or ['wrong shapes'])[0]}")
+    pretrained_pooler = getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
+    if top is not None:
+        check_layers([top], len(blocks(encoder)), "layer")
+        cut_after(encoder, top)
+    return encoder, pretrained_pooler
+
+
+def model_identity(encoder, tokenizer, name):
+    """What tells a model from another: its name; the hub's commit, or the SHA-256 of its weight files; the tokenizer's."""
+    weights = [sha256(path) for path in sorted(Path(name).glob("*.safetensors"))]
+    return {"model": str(name), "revision": " ".join(weights) or encoder.config._commit_hash,
+            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()}
+
+
+def drop_pooler(encoder):
+    """Take the pooler out of an encoder whose pooler nobody reads, so that none is trained, saved or counted."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+
+
+def first_line(error):
+    """An exception's first sentence, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def token_limit(encoder, max_length):
+    """UserError when rows of `max_length` tokens do not fit the encoder's positions."""
+    config = encoder.config
+    roberta = config.model_type in ("roberta", "xlm-roberta", "camembert")
+    limit = config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
+    if not 3 <= max_length <= limit:
+        raise UserError(f"--max-length {max_length}: expected 3 to {limit}, the positions this encoder has")
+
+
+def save_model(model, tokenizer, folder):
+    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.encoder.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        own = {name: weight.contiguous() for name, weight in model.state_dict().items() if not name.startswith("encoder.")}
+        save_file(own, beside / "classifier.safetensors")
+        settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
+        (beside / "classifier.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.chmod(beside, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def load_model(folder):
+    """Read a folder of save_model(): a Classifier and its tokenizer. UserError when it is broken."""
+    settings = read_json(Path(folder) / "classifier.json", "head", "layers", "pooling", "dropout", "hidden", "labels")
+    encoder, _ = load_encoder(folder)
+    if settings["head"] == "layers":
+        drop_pooler(encoder)
+    try:
+        model = Classifier(encoder, **{key: settings.pop(key) for key in list(settings)})
+        missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)
+        wrong = unexpected + [key for key in missing if not key.startswith("encoder.")]
+    except Exception as error:
+        raise UserError(f"{folder}: classifier.json and classifier.safetensors do not fit ({first_line(error)})") from None
+    if wrong:
+        raise UserError(f"{folder}: classifier.safetensors does not fit classifier.json: {wrong[0]}")
+    return model, load_tokenizer(folder)
+
+
+# --- devices, precision and prediction ---------------------------------------------------------------------------
+
+def versions():
+    """What this runs on, for the records."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def start_processes():
+    """Join the processes of torchrun, when there are several. Returns (rank, how many there are)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(pick_device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def wait_for_all():
+    """Wait until every process of torchrun is here; nothing when there is one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def pick_device():
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_precision(name, device):
+    """The dtype of matrix products: "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            name = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    """Matrix products in `dtype`, weights and sums in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """A batch of collate() as tensors on `device`, copied while the device computes."""
+    tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
+    if device.type == "cuda":
+        tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
+    return tensors
+
+
+@torch.inference_mode()
+def predict(model, encoded, pad_id, dtype, max_length=128, batch_size=64, desc=None):
+    """Logits of every row of an Encoded, in the rows' own order: (N, C) float32 NumPy. Leaves the model in eval mode.
+
+    The processes of torchrun share the batches out; each returns all rows.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    logits = torch.zeros(len(encoded.labels), len(model.labels), device=device)
+    rank, world = start_processes()
+    batches = sorted_batches(encoded.lengths, batch_size)[rank::world]
+    for rows in tqdm(batches, desc=desc, leave=False, disable=None if desc else True):
+        batch = to_device(collate(encoded, rows, pad_id, max_length), device)
+        with autocast(device, dtype):
+            logits[torch.from_numpy(rows).to(device)] = model(batch).float()
+    if world > 1:
+        dist.all_reduce(logits)
+    return logits.cpu().numpy()

@@ -1,0 +1,106 @@
+"""What the tests share: a tiny encoder with a vocabulary of its own, a small data set, and a way to run a script."""
+import importlib
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import PreTrainedTokenizerFast
+
+import files
+
+SHARED = ROOT.parent / "shared" / "data"
+WORDS = {  # a toy world: the same twelve words in three languages, four of them decide the label
+    "en": "money refund agent person parcel late cancel order please my the now".split(),
+    "de": "geld erstattung berater mensch paket spaet kuendigen bestellung bitte mein das jetzt".split(),
+    "zh": "钱 退款 客服 人 包裹 迟 取消 订单 请 我的 这 现在".split(),
+}
+
+
+def make_tokenizer(folder):
+    """A fast WordPiece tokenizer of the toy words and of single letters, saved to a folder."""
+    words = [word for language in WORDS.values() for word in language]
+    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'\""))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list(dict.fromkeys(words + letters + ["##" + l for l in letters]))
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+                                   sep_token="[SEP]", mask_token="[MASK]",
+                                   model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    fast.save_pretrained(folder)
+    return len(pieces)
+
+
+def make_model(folder, family="bert", blocks=5, seed=0, **more):
+    """Save an encoder with random weights and its tokenizer: 5 blocks, hidden size 36, 3 heads. Returns the folder."""
+    size = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    if family == "distilbert":
+        model = DistilBertModel(DistilBertConfig(vocab_size=size, dim=36, n_layers=blocks, n_heads=3, hidden_dim=52,
+                                                 max_position_embeddings=64, **more))
+    else:
+        config, kind = {"bert": (BertConfig, BertModel), "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel)}[family]
+        positions = {"bert": 64, "xlm-roberta": 66}[family]
+        extra = {"xlm-roberta": {"type_vocab_size": 1, "pad_token_id": 0}}.get(family, {})
+        model = kind(config(vocab_size=size, hidden_size=36, num_hidden_layers=blocks, num_attention_heads=3, intermediate_size=52,
+                            max_position_embeddings=positions, **extra, **more))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def toy_rows(language, count, seed):
+    """`count` (text, class) rows: 3 to 9 toy words, of which one of the first four pairs decides the class of 4."""
+    random, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        label = int(random.integers(4))
+        words = [int(random.integers(8, 12)) for _ in range(random.integers(2, 9))]
+        words.insert(int(random.integers(len(words))), 2 * label + int(random.integers(2)))
+        rows.append((" ".join(WORDS[language][i] for i in words), label))
+    return rows
+
+
+def make_data(folder, train=60, dev=13, test=17, languages=("en", "de", "zh")):
+    """Write a toy data set folder with four labels, row-parallel in dev and test. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = ["refund", "agent", "delivery", "cancel"]
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    for seed, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
+        for language in languages if split != "train" else ("en",):
+            lines = [f"{text}\t{labels[label]}\n" for text, label in toy_rows(language, count, seed)]
+            (folder / f"{split}.{language}.tsv").write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "toy")
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("train", "--flag", value, ...) runs a script in this process as a user would: (exit status, stdout, stderr)."""
+    def run(name, *arguments):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            files.cli(module.main)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+    return run

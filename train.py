@@ -1,0 +1,429 @@
+"""Phase 2: fine-tune the encoder with a classifier over chosen layers, and freeze layers on the go.
+
+    python train.py --model bert-base-multilingual-uncased --data data/xnli --out runs/mc-bert-wf \\
+        --layers 6 8 11 --pooling max --freeze-layers 9 11 12 --freeze-epoch 2
+    python train.py --model bert-base-multilingual-uncased --data data/xnli --out runs/baseline --head pooler
+
+Reads   DATA/train.LANG.tsv and DATA/dev.*.tsv (test.*.tsv only with --track-test), and the encoder.
+Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the model after epoch K: the last one, and each
+        that is the best so far on some dev set), OUT/resume/. Stopped and started again with the same command it goes on.
+Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
+"""
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data import collate, encode, fingerprint, read_labels, read_split, split_languages, take, train_batches
+from files import UserError, claim, cli, finish_folder, read_json, start_folder, write_atomic
+from model import (POOLINGS, Classifier, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, load_encoder,
+                   load_tokenizer, model_identity, pick_device, pick_precision, predict, save_model, start_processes,
+                   to_device, token_limit, versions, wait_for_all)
+
+
+# --- the pieces of a step ----------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, schedule, warmup=0.1):
+    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then linear decay to 0 or constant."""
+    ramp = max(1, round(steps * warmup))
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * (steps - step) / max(1, steps - ramp) if schedule == "linear" else peak
+
+
+def make_optimizer(model, weight_decay):
+    """Adam with decoupled weight decay, on matrices alone as BERT does; with 0 it is plain Adam."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def wrap(model, world):
+    """The module to call in training: the model, or its DistributedDataParallel; to be made anew after freezing."""
+    return DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+
+
+def train_step(wrapped, optimizer, rate, scaler, batches, rows, dtype, clip, world):
+    """One optimizer step on one global batch of `rows` rows, of which `batches` are this process's micro-batches.
+
+    The gradient is that of the mean cross-entropy over all rows. Returns this process's summed loss and number of
+    right answers, as tensors on the device: nothing here waits for it.
+    """
+    loss_sum, right = 0.0, 0
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last or world == 1 else wrapped.no_sync():
+            with autocast(batch["labels"].device, dtype):
+                logits = wrapped(batch)                                                           # (B, C)
+            loss = F.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-1)
+            scaler.scale(loss * (world / rows)).backward()  # DDP averages over processes
+        loss_sum += loss.detach()
+        right += (logits.argmax(1) == batch["labels"]).sum()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, right
+
+
+def micro_batches(encoded, rows, pad_id, limit, device, accumulate, rank, world):
+    """This process's share of a global batch, as `accumulate` batches on the device; a share without rows is one row
+    whose label is -1, which counts for nothing."""
+    mine = rows[rank::world]
+    for part in np.array_split(mine, min(accumulate, max(1, len(mine)))):
+        batch = collate(encoded, part if len(part) else rows[:1], pad_id, limit)
+        batch["labels"] = batch["labels"] if len(part) else np.full(1, -1)
+        yield to_device(batch, device)
+
+
+# --- evaluation and what is kept ---------------------------------------------------------------------------------
+
+def evaluate(model, sets, pad_id, dtype, limit, batch_size):
+    """Accuracy and mean cross-entropy on each set: {(split, language): (accuracy, loss)}. Leaves the model training."""
+    scores = {}
+    for key, encoded in sets.items():
+        logits = torch.from_numpy(predict(model, encoded, pad_id, dtype, limit, batch_size, f"{key[0]} {key[1]}"
+                                          if start_processes()[0] == 0 else None))
+        labels = torch.from_numpy(encoded.labels)
+        scores[key] = ((logits.argmax(1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item())
+    model.train()
+    return scores
+
+
+def dev_scores(scores):
+    """What epochs are chosen by: each language's dev accuracy, and `joint`, the mean of the non-English ones."""
+    dev = {language: accuracy for (split, language), (accuracy, _) in scores.items() if split == "dev"}
+    others = [accuracy for language, accuracy in dev.items() if language != "en"]
+    return dev | ({"joint": float(np.mean(others))} if others else {})
+
+
+def best_epochs(history):
+    """{protocol: epoch}, from {epoch: dev_scores}: the best epoch by each dev set; ties go to the earlier one."""
+    protocols = next(iter(history.values()), {})
+    return {name: max(history, key=lambda epoch: (history[epoch][name], -epoch)) for name in protocols}
+
+
+class State:
+    """All that a stopped run needs to go on as if it had never stopped: weights, optimizer, scaler, and where it was.
+
+    What is random in a step depends on (seed, step, process) alone and needs no saving.
+    """
+
+    def __init__(self, model, weight_decay, dtype):
+        self.model, self.optimizer = model, make_optimizer(model, weight_decay)
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.step, self.frozen = 0, []  # optimizer steps done; layers frozen
+        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: dev_scores()}; for automatic freezing
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
+
+    def freeze(self, layers):
+        """Freeze these layers now: their weights cannot move any more, and the optimizer forgets them."""
+        for parameter in freeze_layers(self.model.encoder, layers):
+            self.optimizer.state.pop(parameter, None)
+        for group in self.optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        self.frozen = sorted(layers)
+
+    def save(self, folder):
+        """Replace resume/state.pt in one move; the previous one stays until the new one is whole."""
+        plain = {key: getattr(self, key) for key in ("step", "frozen", "metrics", "history", "best_joint", "totals")}
+        with write_atomic(Path(folder) / "resume" / "state.pt", "wb") as file:
+            torch.save(plain | {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}, file)
+
+    def load(self, folder):
+        """Go on from resume/state.pt where there is one. UserError when it is cut short or broken."""
+        path = Path(folder) / "resume" / "state.pt"
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, map_location=self.totals.device, weights_only=True)
+            self.model.load_state_dict(saved.pop("model"))
+            self.freeze(saved["frozen"])
+            self.optimizer.load_state_dict(saved.pop("optimizer"))
+            self.scaler.load_state_dict(saved.pop("scaler"))
+        except Exception as error:
+            raise UserError(f"{path} is damaged or cut short ({type(error).__name__}): there is no going on from it; "
+                            "--overwrite starts anew") from None
+        self.__dict__.update(saved)
+
+
+# --- the run -----------------------------------------------------------------------------------------------------
+
+def build(name, labels, head, layers, pooling, dropout, hidden, seed):
+    """The model to train, its tokenizer, how many blocks the encoder had, and a line on where its parts come from."""
+    tokenizer = load_tokenizer(name)
+    torch.manual_seed(seed)  # the first weights of whatever the file does not hold
+    encoder, pretrained_pooler = load_encoder(name)
+    count = len(blocks(encoder))
+    if head == "pooler":
+        note = "BERT's own head on the pretrained pooler" if pretrained_pooler else \
+               "BERT's own head; the model has no pretrained pooler, it starts at random"
+    else:
+        check_layers(layers, count, "--layers")
+        drop_pooler(encoder)
+        cut_after(encoder, max(layers))
+        cut = f", the {count - max(layers)} above cut off" if max(layers) < count else ""
+        note = f"{pooling} pooling of layers {' '.join(map(str, layers))}{cut}"
+    torch.manual_seed(seed)
+    return Classifier(encoder, labels, head, layers, pooling, dropout, hidden), tokenizer, count, note
+
+
+def describe(model, count, freeze_layers, note, dtype, world):
+    """What is printed at the start: layers used, cut and frozen, and how many parameters are trained."""
+    print(f"{type(model.encoder).__name__}, {count} blocks: {note}")
+    noop = [layer for layer in freeze_layers if layer > len(blocks(model.encoder))]
+    if noop:
+        print(f"freezing layer {' '.join(map(str, noop))} is a no-op: it is above the highest layer pooled and was cut off")
+    where = f"{world} processes on {next(model.parameters()).device.type}" if world > 1 else next(model.parameters()).device
+    print(f"{trainable(model):,} parameters to train; {str(dtype).removeprefix('torch.')} products, {where}")
+
+
+def trainable(model):
+    """Number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def total_over_processes(totals):
+    """Sum a tensor over the processes of torchrun, into a new one."""
+    totals = totals.clone()
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def record(state, scores, epoch, rate, speed, out, writer):
+    """Add an evaluation's rows to metrics.jsonl and to TensorBoard, and print it as one line."""
+    for (split, language), (accuracy, loss) in scores.items():
+        state.metrics.append({
+            "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4), "step": state.step, "split": split,
+            "language": language, "accuracy": accuracy, "loss": loss, "lr": rate, "frozen_layers": state.frozen,
+            "examples_per_second": round(speed, 1)})
+        if split != "train":
+            writer.add_scalar(f"accuracy/{split}/{language}", accuracy, state.step)
+            writer.add_scalar(f"loss/{split}/{language}", loss, state.step)
+    with write_atomic(out / "metrics.jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in state.metrics)
+    writer.add_scalar("frozen layers", len(state.frozen), state.step)
+    writer.add_text("frozen layers", " ".join(map(str, state.frozen)) or "none", state.step)
+    writer.flush()
+    shown = {}
+    for (split, language), (accuracy, _) in scores.items():
+        shown.setdefault(split, []).append(f"{language} {100 * accuracy:.1f}".strip())
+    tqdm.write(f"epoch {epoch:.4g}  " + "  ".join(f"{split}: {' '.join(values)}" for split, values in shown.items())
+               + f"  ({speed:.0f} examples/s)")
+
+
+def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_size, accumulate, schedule, clip,
+        freeze_layers, freeze_epoch, max_length, eval_batch_size, eval_steps, save_steps, log_steps, seed):
+    """Train state.model on an Encoded and evaluate it on `sets`, {(split, language): Encoded}.
+
+    `keep(epoch, best)` is called after each epoch, to save the model and to drop the epochs that are not in `best`.
+    """
+    rank, world = start_processes()
+    model, device = state.model.train(), state.totals.device
+    wrapped = wrap(model, world)
+    writer = SummaryWriter(out, purge_step=state.step + 1 if state.step else None) if rank == 0 else None
+    per_epoch = -(-len(train_set.labels) // batch_size)
+    bar = tqdm(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
+    since, clock = state.step, time.perf_counter()
+    for epoch in range(state.step // per_epoch, epochs):
+        for rows in train_batches(train_set.lengths, batch_size, seed, epoch)[state.step - epoch * per_epoch:]:
+            if freeze_epoch == epoch and not state.frozen:
+                state.freeze(freeze_layers)
+                wrapped = wrap(model, world)
+                tqdm.write(f"{epoch} epochs done: layers {' '.join(map(str, freeze_layers))} are frozen from here on, "
+                           f"{trainable(model):,} parameters to train")
+            rate = learning_rate(state.step, epochs * per_epoch, lr, schedule)
+            torch.manual_seed((seed * 1_000_003 + state.step) * 1024 + rank)  # dropout's numbers
+            batches = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
+            loss, right = train_step(wrapped, state.optimizer, rate, state.scaler, batches, len(rows), dtype, clip, world)
+            state.totals += torch.stack([loss.double(), right.double(), torch.tensor(len(rows[rank::world])).to(loss)])
+            state.step += 1
+
+            # --- all that follows is logging, evaluating and saving ---
+            bar.update()
+            ends = state.step == (epoch + 1) * per_epoch
+            evaluates, saves = (ends or n and state.step % n == 0 for n in (eval_steps, save_steps))
+            if not (evaluates or saves or state.step % log_steps == 0):
+                continue
+            loss_sum, right_sum, row_sum = total_over_processes(state.totals)
+            if not np.isfinite(loss_sum):
+                raise UserError(f"the loss is {loss_sum} at step {state.step}: lower --lr (now {lr}) or give --precision fp32; "
+                                f"the last good state is kept in {out}")
+            speed = (state.step - since) * batch_size / (time.perf_counter() - clock)
+            if rank == 0:
+                log_train(writer, bar, state.step, loss_sum / row_sum, right_sum / row_sum, rate, speed)
+            if evaluates:
+                scores = {("train", ""): (right_sum / row_sum, loss_sum / row_sum)}
+                scores |= evaluate(model, sets, pad_id, dtype, max_length, eval_batch_size)
+                dev = dev_scores(scores)
+                if rank == 0:
+                    record(state, scores, state.step / per_epoch, rate, speed, out, writer)
+                if freeze_epoch == "auto" and not state.frozen and dev["joint"] < state.best_joint:
+                    state.freeze(freeze_layers)
+                    wrapped = wrap(model, world)
+                    tqdm.write(f"mean non-English dev accuracy fell below {100 * state.best_joint:.1f}: layers "
+                               f"{' '.join(map(str, freeze_layers))} are frozen from here on, {trainable(model):,} parameters to train")
+                state.best_joint = max(state.best_joint, dev.get("joint", -1.0))
+                state.totals.zero_()
+            if ends:
+                state.history[epoch + 1] = dev
+                if rank == 0:
+                    keep(epoch + 1, {epoch + 1, *best_epochs(state.history).values()})
+            if saves and rank == 0:
+                state.save(out)
+            wait_for_all()
+            since, clock = state.step, time.perf_counter()
+    bar.close()
+
+
+def log_train(writer, bar, step, loss, accuracy, rate, speed):
+    """Show how training goes on the progress bar and in TensorBoard."""
+    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{100 * accuracy:.1f}", lr=f"{rate:.1e}", refresh=False)
+    for tag, value in (("train/loss", loss), ("train/accuracy", accuracy), ("lr", rate), ("examples per second", speed)):
+        writer.add_scalar(tag, value, step)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("files")
+    group.add_argument("--model", required=True, help="encoder: hub name or folder")
+    group.add_argument("--data", required=True, help="data set folder (python data.py --help)")
+    group.add_argument("--out", required=True, help="run folder to write")
+    group.add_argument("--overwrite", action="store_true", help="delete what is in OUT and start anew")
+    group.add_argument("--train-language", default="en", metavar="LANG",
+                       help="train on train.LANG.tsv (default: en; another is Translate-Train, not zero-shot)")
+    group.add_argument("--track-test", action="store_true",
+                       help="evaluate on the test sets too, as the paper's Figure 5 does; nothing is chosen by them")
+    group.add_argument("--max-train-rows", type=int, metavar="N", help="train on N rows, spread evenly (default: all)")
+    group.add_argument("--max-eval-rows", type=int, metavar="N", help="evaluate on N rows of each file (default: all)")
+    group = parser.add_argument_group("the classifier")
+    group.add_argument("--head", choices=["layers", "pooler"], default="layers",
+                       help="pooled states of chosen layers (default), or BERT's own [CLS] pooler, the baseline")
+    group.add_argument("--layers", type=int, nargs="+", metavar="K", help="layers to pool, 0 is the embeddings (default: 6 8 11)")
+    group.add_argument("--pooling", choices=POOLINGS, help="over the tokens (default: max)")
+    group.add_argument("--layers-from", metavar="FILE", help="take --layers and --pooling from the best.json of grid_search.py")
+    group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
+    group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer in the classifier (default: 0: none)")
+    group = parser.add_argument_group("freezing on the go")
+    group.add_argument("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
+                       help="freeze exactly these layers, 0 is the embeddings (the paper: 9 11 12); needs --freeze-epoch")
+    group.add_argument("--freeze-epoch", metavar="N|auto",
+                       help="freeze once N epochs are done (the paper: 2; 0: from the start), or at the first evaluation whose "
+                            "mean accuracy on the non-English dev sets falls below the best so far (auto: that looks at labels "
+                            "in the target languages, so it is the joint protocol, not zero-shot)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=5, help="passes over the train rows (default: 5)")
+    group.add_argument("--lr", type=float, default=2e-5, help="Adam's highest learning rate (default: 2e-5)")
+    group.add_argument("--schedule", choices=["linear", "constant"], default="linear",
+                       help="after 10 %% of the steps of linear warm-up: linear decay to 0 (default), or constant")
+    group.add_argument("--batch-size", type=int, default=32, help="rows an optimizer step, over all processes (default: 32)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+                       help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices alone (default: 0)")
+    group.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient (default: 1)")
+    group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                       help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
+    group.add_argument("--seed", type=int, default=0, help="of the classifier's weights, row order and dropout (default: 0)")
+    group = parser.add_argument_group("evaluating and saving")
+    group.add_argument("--eval-steps", type=int, default=0, metavar="N", help="evaluate every N steps too, not only each epoch")
+    group.add_argument("--save-steps", type=int, default=0, metavar="N", help="save the state every N steps too (default: each epoch)")
+    group.add_argument("--log-steps", type=int, default=50, metavar="N", help="log train loss every N steps (default: 50)")
+    group.add_argument("--eval-batch-size", type=int, default=64, help="rows at once in evaluation (default: 64)")
+    args = parser.parse_args(argv)
+    if args.layers_from and (args.layers or args.pooling):
+        parser.error("--layers-from gives the layers and the pooling: leave out --layers and --pooling")
+    if args.head == "pooler" and (args.layers or args.pooling or args.layers_from):
+        parser.error("--head pooler reads [CLS] of the last layer: leave out --layers, --pooling and --layers-from")
+    if bool(args.freeze_layers) != (args.freeze_epoch is not None):
+        parser.error("--freeze-layers K ... and --freeze-epoch N|auto need each other")
+    if args.freeze_epoch not in (None, "auto"):
+        if not args.freeze_epoch.isdecimal():
+            parser.error(f"--freeze-epoch {args.freeze_epoch}: expected a number of epochs, 0 or more, or auto")
+        args.freeze_epoch = int(args.freeze_epoch)
+    for name, lowest in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_batch_size", 1), ("log_steps", 1), ("hidden", 0),
+                         ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1), ("max_eval_rows", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < lowest:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
+    if not 0 <= args.dropout < 1 or not args.lr > 0 or not args.clip > 0 or not args.weight_decay >= 0:
+        parser.error("expected 0 <= --dropout < 1, --lr > 0, --clip > 0 and --weight-decay >= 0")
+    if args.layers_from:
+        best = read_json(args.layers_from, "layers", "pooling")
+        args.layers, args.pooling = best["layers"], best["pooling"]
+    args.layers, args.pooling = args.layers or [6, 8, 11], args.pooling or "max"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
+    dtype = pick_precision(args.precision, device)
+    labels = read_labels(args.data)
+    model, tokenizer, count, note = build(args.model, labels, args.head, args.layers, args.pooling, args.dropout, args.hidden,
+                                          args.seed)
+    token_limit(model.encoder, args.max_length)
+    check_layers(args.freeze_layers, count, "--freeze-layers")
+    sets = [("dev", language) for language in split_languages(args.data, "dev")]
+    sets += [("test", language) for language in split_languages(args.data, "test") if args.track_test]
+    if not sets or args.freeze_epoch == "auto" and not any(key[0] == "dev" and key[1] != "en" for key in sets):
+        raise UserError(f"{args.data} has no dev file" + " in another language than English, which --freeze-epoch auto needs" * bool(sets))
+    files = [f"train.{args.train_language}.tsv", *(f"{split}.{language}.tsv" for split, language in sets)]
+    train_rows = read_split(args.data, "train", args.train_language, labels)
+    description = {"arguments": {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "log_steps")},
+                   **model_identity(model.encoder, tokenizer, args.model), "labels": labels, "data": fingerprint(args.data, files),
+                   "precision": str(dtype).removeprefix("torch."), "processes": world}
+    with claim(out) if rank == 0 else nullcontext():
+        complete = rank == 0 and start_folder(out, "run.json", description, {
+            "versions": versions(), "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])}, args.overwrite)
+        if complete:
+            print(f"{out} is complete already: nothing to do")
+            return 0
+        wait_for_all()
+        state = State(model.to(device), args.weight_decay, dtype)
+        if rank == 0:
+            describe(model, count, args.freeze_layers, note, dtype, world)
+        state.load(out)
+        if state.step:
+            print(f"going on after step {state.step}")
+
+        def encoded(rows, limit):
+            return encode(tokenizer, take(rows, limit), args.max_length)
+
+        def keep(epoch, wanted):
+            save_model(model, tokenizer, out / "epochs" / str(epoch))
+            for path in (out / "epochs").iterdir():
+                if path.name not in map(str, wanted):
+                    shutil.rmtree(path)
+
+        names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size eval_steps "
+                 "save_steps log_steps seed").split()
+        fit(state, encoded(train_rows, args.max_train_rows),
+            {key: encoded(read_split(args.data, *key, labels), args.max_eval_rows) for key in sets}, out, keep,
+            pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+        if rank == 0:
+            finish_folder(out, "run.json")
+            best = best_epochs(state.history)
+            print(f"{out}: done; best epoch " + ", ".join(f"{epoch} by {name}" for name, epoch in best.items() if name in ("en", "joint")))
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
