@@ -13,8 +13,10 @@ import contextlib
 import http.client
 import io
 import json
+import lzma
 import os
 import re
+import struct
 import sys
 import tarfile
 import time
@@ -238,7 +240,7 @@ def download(url, path, tries=5):
     """Download to `path`, going on where an earlier try stopped. UserError after `tries` failures in a row."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
+    failures, furthest = 0, 0
     while True:
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -257,16 +259,16 @@ def download(url, path, tries=5):
                 os.replace(part, path)
                 return
             problem = f"the connection ended after {size:,} of {total:,} bytes"
-            failures = 0 if size > have else failures
         except urllib.error.HTTPError as error:
             if error.code == 416:  # nothing left to send: the part is whole, or not this file's
-                part.unlink()
+                part.unlink(missing_ok=True)
             elif error.code < 500:
                 raise UserError(f"{url}: {error.code} {error.reason}") from None
             problem = f"{error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             problem = str(error)
-        failures += 1
+        size = part.stat().st_size if part.exists() else 0
+        failures, furthest = (1, size) if size > furthest else (failures + 1, furthest)  # new bytes start the count anew
         if failures >= tries:
             raise UserError(f"{url}: {problem}; the part is kept, run the command again to go on, or fetch the file "
                             f"yourself and give its folder with --archives")
@@ -289,8 +291,12 @@ def archive(path, opener):
     try:
         with opener(path) as opened:
             yield opened
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): delete it and fetch it again") from None
+    except PermissionError:
+        raise
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
+            RuntimeError) as error:  # a wrong byte can surface as any of these, on many lines too
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UserError(f"{path} is damaged or cut short ({reason}): delete it and fetch it again") from None
 
 
 def clean(text):
@@ -327,6 +333,8 @@ def read_xnli(path, path_mt, languages, train_languages):
                 rows.text_b.append(clean(hypothesis))
                 label = "contradiction" if label == "contradictory" else label
                 rows.labels.append(label_index(label, XNLI_LABELS, f"{path_mt}:{member}, line {number}"))
+            if not rows.labels:
+                raise UserError(f"{path_mt}:{member} holds a header and no rows")
             data["train", language], sources["train", language] = rows, {"archive": path_mt.name, "member": member}
     columns = ["language", "gold_label", "sentence1", "sentence2", "pairID"]
     with archive(path, zipfile.ZipFile) as opened:
@@ -359,16 +367,20 @@ def read_massive(path, languages, train_languages, intents, balance, seed):
             for number, line in text_lines(opened.extractfile(info), f"{path}:{info.name}"):
                 try:
                     record = json.loads(line)
-                    rows[record["partition"]].append((str(record["id"]), record["intent"] + "", clean(record["utt"])))
+                    (record["intent"] + record["utt"]).encode("utf-8")  # half of a surrogate pair is an error
+                    rows[record["partition"]].append((str(record["id"]), record["intent"], clean(record["utt"])))
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}:{info.name}, line {number}: expected a JSON object with id, partition "
                                     f"(train, dev or test), intent and utt ({error!r})") from None
+        while opened.fileobj.read(1 << 20):  # to the very end: gzip's checksum is there, after the last member
+            pass
     for language in languages:
         if language not in records:
             raise UserError(f"{path} has no member 1.0/data/{language}-*.jsonl")
         for split in SPLITS:
             check_parallel({tongue: [(row[0], row[1]) for row in records[tongue][split]] for tongue in ("en", language)},
                            f"{path}:{members[language]}, partition {split}", [language])
+            warn_count(members[language], split, len(records[language][split]), MASSIVE_ROWS)
     counts = Counter(intent for _, intent, _ in records["en"]["train"])
     labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[:intents or None])
     if len(labels) < 2:
@@ -408,12 +420,18 @@ def check_parallel(ids, where, languages):
                             f"{len(mine)} and {len(first[1])}")
 
 
+def warn_count(name, split, rows, known):
+    """Warn where a split's number of rows is not the published one, `known` ({split: rows})."""
+    if rows != known.get(split, rows):
+        print(f"warning: {name} has {rows:,} rows where the published {split} set has {known[split]:,}", file=sys.stderr)
+
+
 def write_data_set(out, labels, data, sources, known):
     """Write a data set folder, and warn where a row count is not the published one."""
     out = Path(out)
     names = {key: f"{key[0]}.{key[1]}.tsv" for key in data}
     others = sorted({path.name for path in out.glob("*.*.tsv")} - set(names.values())) if out.is_dir() else []
-    if (out / "labels.txt").is_file() and (others or read_labels(out) != labels):
+    if others or (out / "labels.txt").is_file() and read_labels(out) != labels:
         raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): give another --out, "
                         "or delete it")
     with write_atomic(out / "labels.txt") as file:
@@ -425,11 +443,8 @@ def write_data_set(out, labels, data, sources, known):
             file.write("\t".join([*texts, "label"]) + "\n")
             file.writelines("\t".join(cells) + "\n" for cells in zip(*texts.values(), [labels[i] for i in rows.labels]))
         sources[key] |= {"sha256": sha256(out / name), "rows": len(rows.labels)}
-        expected = known.get(key[0], len(rows.labels))
         print(f"{out / name}: {len(rows.labels):,} rows")
-        if len(rows.labels) != expected:
-            print(f"warning: {name} has {len(rows.labels):,} rows where the published {key[0]} set has {expected:,}",
-                  file=sys.stderr)
+        warn_count(name, key[0], len(rows.labels), known)
     write_json(out / "sources.json", {names[key]: sources[key] for key in data})
 
 
@@ -464,8 +479,8 @@ def check(folder, model=None, max_length=128):
         print(line)
         if split != "train" and rows.labels != data[split, split_languages(folder, split)[0]].labels:
             wrong.append(f"{split}.{language}.tsv is not row-parallel with {split}.{split_languages(folder, split)[0]}.tsv")
-        if rows.text_b is None and next(iter(data.values())).text_b is not None:
-            wrong.append(f"{split}.{language}.tsv holds single texts where another file holds pairs")
+        if (rows.text_b is None) != (next(iter(data.values())).text_b is None):
+            wrong.append(f"{split}.{language}.tsv and {'.'.join(next(iter(data)))}.tsv: one holds pairs, the other single texts")
     print("smallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
           "in train: rows whose text is in a train file too" + f"; cut: longer than {max_length} tokens" * bool(model))
     for sentence in wrong:
@@ -517,7 +532,7 @@ def main(argv=None):
         languages = list(dict.fromkeys(["en", *args.languages, *args.train_languages]))
         labels, data, sources = read_massive(path, languages, args.train_languages, args.intents, args.balance, args.seed)
         data = {key: rows for key, rows in data.items() if key[0] == "train" or key[1] in args.languages}
-        known = {} if args.intents else MASSIVE_ROWS
+        known = {}  # read_massive has counted them, before it chose intents
     write_data_set(args.out, labels, data, sources, known)
 
 

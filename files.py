@@ -22,13 +22,16 @@ def cli(main):
     """Run a script's main: a user's mistake or a full disk is one sentence and exit status 2, not a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # here a closed pipe can still be met below, not at the interpreter's end
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os._exit(141)
     except (UserError, OSError) as error:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
 
 
@@ -119,8 +122,8 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
             raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. Give another --out, or "
                             "--overwrite to delete it and start anew")
         return old["complete"]
-    elif there:
-        raise UserError(f"{folder} holds {there[0].name} but no {name}: give another --out, or --overwrite to delete it all")
+    elif strange := [path for path in there if not path.name.startswith(f".{name}.")]:  # not our own half-written one
+        raise UserError(f"{folder} holds {strange[0].name} but no {name}: give another --out, or --overwrite to delete it all")
     write_json(folder / name, {"complete": False, **description, **(extra or {})})
     return False
 
