@@ -53,9 +53,13 @@ class PartFiles:
         if not self.counter.exists():
             for path in self.parts:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a bus error on a later row
+                    with open(path, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with write_atomic(self.counter, "wb") as file:
                 file.write(bytes(8))
-        self.arrays = [np.load(path, mmap_mode="r+") for path in self.parts]
+        self.arrays = [np.load(part if part.exists() else final, mmap_mode="r+")  # a stop in finish() left some renamed
+                       for part, final in zip(self.parts, self.finals)]
         self.done = np.memmap(self.counter, np.int64, "r+")
 
     def write(self, rows, values):
@@ -67,7 +71,8 @@ class PartFiles:
     def finish(self):
         for array, part, final in zip(self.arrays, self.parts, self.finals):
             array.flush()
-            os.replace(part, final)
+            if part.exists():
+                os.replace(part, final)
         self.counter.unlink()
 
 

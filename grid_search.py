@@ -106,7 +106,7 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
 
     features (L, N, D) in the dtype of the products, labels (N,). Every model of a seed sees the same rows in the same
     order under the same dropout mask, so that any of them trained alone comes out the same. Returns the weights as
-    initial_weights() does. UserError when a loss is not finite.
+    initial_weights() does. UserError when a weight is not finite.
     """
     layers, count, size = features.shape
     device = features.device
@@ -131,8 +131,8 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
             loss.backward()
             optimizer.step()
             progress()
-    if not torch.isfinite(loss):
-        raise UserError(f"the search's loss is {loss.item()}: are the features sane, and is --lr {lr} not too high?")
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise UserError(f"the search's weights are not finite, its loss is {loss.item():.3g}: are the features sane, and is --lr {lr} not too high?")
     return weights, rest
 
 
@@ -179,16 +179,17 @@ def best_of(scores, combinations, poolings):
 
 # --- files -------------------------------------------------------------------------------------------------------
 
-def load_array(path, shape):
-    """A .npy file of that shape, memory-mapped. UserError when it is missing, cut short or another."""
+def load_array(path, shape, kind="f"):
+    """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run extract.py again") from None
     except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): run extract.py again") from None
-    if array.shape != shape or array.dtype.kind not in "fi":
-        raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, the manifest says {shape}")
+    if array.shape != shape or array.dtype.kind != kind:
+        raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, the manifest says {shape} "
+                        f"of {'integers' if kind == 'i' else 'floats'}: run extract.py again")
     return array
 
 
@@ -200,7 +201,7 @@ def load_features(folder, manifest, stem, pooling, layers, dtype, device):
     array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
-    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,)))
+    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,), "i"))
     if not ((0 <= labels) & (labels < len(manifest["labels"]))).all():
         raise UserError(f"{folder}/{stem}.labels.npy holds classes outside 0..{len(manifest['labels']) - 1}")
     return torch.from_numpy(array).to(device, dtype), torch.from_numpy(labels).to(device)
@@ -244,6 +245,9 @@ def summary(f1, macro, files, combinations, poolings, hidden, select, chosen, or
     def named(pooling, layers):
         return f"{pooling} of {'+'.join(map(str, layers))}"
 
+    def spread(scores):
+        return f"{100 * scores.mean():.2f} | {100 * scores.std():.2f}"
+
     def where(pooling, layers):
         return poolings.index(pooling), combinations.index(tuple(layers))
 
@@ -251,7 +255,7 @@ def summary(f1, macro, files, combinations, poolings, hidden, select, chosen, or
     foreign = [i for i in tests if files[i] != "test.en"] or tests
     by = {"en": ["dev.en"], "joint": [n for n in files if n[:4] == "dev." and n != "dev.en"], "test": [files[i] for i in foreign]}
     score = f1[..., [files.index(name) for name in by[select]]].mean(-1)                        # (P, combinations, S)
-    test = f1[..., foreign].mean(-1)                                                            # (P, combinations, S)
+    test = f1[..., foreign].mean(-1) if foreign else None                                       # (P, combinations, S)
     mean = score.mean(2)
     order = sorted(np.ndindex(mean.shape), key=lambda pm: (-round(mean[pm], 9), len(combinations[pm[1]]), combinations[pm[1]], pm[0]))
     lines = ["# The search", "", f"{f1[..., 0].size:,} models ({len(combinations)} combinations x {len(poolings)} poolings x {f1.shape[2]} seeds"
@@ -259,10 +263,10 @@ def summary(f1, macro, files, combinations, poolings, hidden, select, chosen, or
              f"Ranked by `{select}`: micro-F1 averaged over {', '.join(by[select])}. "
              "`paper F1` is the mean over the non-English test sets. Percent, mean and standard deviation over the seeds.",
              "", "| rank | pooling | layers | ranked by | +- | paper F1 | +- |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {rank} | {poolings[p]} | {'+'.join(map(str, combinations[m]))} | {100 * mean[p, m]:.2f} | {100 * score[p, m].std():.2f} "
-              f"| {100 * test[p, m].mean():.2f} | {100 * test[p, m].std():.2f} |" for rank, (p, m) in enumerate(order[:10], 1)]
+    lines += [f"| {rank} | {poolings[p]} | {'+'.join(map(str, combinations[m]))} | {spread(score[p, m])} "
+              f"| {spread(test[p, m]) if foreign else '- | -'} |" for rank, (p, m) in enumerate(order[:10], 1)]
     single = {layers[0]: mean[:, m] for m, layers in enumerate(combinations) if len(layers) == 1}
-    best_single = min(((-score, layer, p) for layer, scores in single.items() for p, score in enumerate(scores)))
+    best_single = min(((-round(score, 9), layer, p) for layer, scores in single.items() for p, score in enumerate(scores)))
     lines += ["", f"Best single layer: {best_single[1]} ({poolings[best_single[2]]}, {-100 * best_single[0]:.2f}). "
               f"Best pooling, averaged over all combinations: {poolings[int(mean.mean(1).argmax())]} ("
               + ", ".join(f"{pooling} {100 * mean[p].mean():.2f}" for p, pooling in enumerate(poolings)) + ").",
@@ -314,6 +318,8 @@ def parse_args(argv):
     for name, lowest in (("seeds", 1), ("hidden", 0), ("epochs", 1), ("batch_size", 1)):
         if getattr(args, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
+    if len(set(args.poolings)) < len(args.poolings):
+        parser.error(f"--poolings {' '.join(args.poolings)}: a pooling is named twice")
     if not 0 <= args.dropout < 1 or not args.lr > 0:
         parser.error(f"--dropout {args.dropout} --lr {args.lr}: expected 0 <= dropout < 1 and lr > 0")
     return args

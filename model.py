@@ -60,6 +60,8 @@ def check_layers(layers, count, flag):
 
 def cut_after(encoder, layer):
     """Drop the blocks above `layer`: nothing that reads layers up to it can see the difference."""
+    if layer == 0 and encoder.config.model_type.startswith("deberta"):  # transformers' DeBERTa cannot run without a block
+        raise UserError(f"layer 0: {type(encoder).__name__} gives no states without a block; name a layer from 1 on as well")
     del blocks(encoder)[layer:]
     encoder.config.num_hidden_layers = layer  # DistilBERT's n_layers is an alias of it
 
@@ -142,6 +144,8 @@ def load_tokenizer(name):
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where the files are missing
+        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: it has no vocabulary (tokenizer.json or vocab.txt)")
     return tokenizer
 
 
@@ -181,8 +185,9 @@ def drop_pooler(encoder):
 
 
 def first_line(error):
-    """An exception's first sentence, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """An exception's first sentence, for a message of one line; with the next line when it only announces that one."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
 
 
 def token_limit(encoder, max_length):
@@ -218,10 +223,15 @@ def save_model(model, tokenizer, folder):
 def load_model(folder):
     """Read a folder of save_model(): a Classifier and its tokenizer. UserError when it is broken."""
     settings = read_json(Path(folder) / "classifier.json", "head", "layers", "pooling", "dropout", "hidden", "labels")
-    encoder, _ = load_encoder(folder)
+    encoder, pretrained_pooler = load_encoder(folder)
     if settings["head"] == "layers":
         drop_pooler(encoder)
+    if getattr(encoder, "pooler", None) is not None and not pretrained_pooler:
+        raise UserError(f"{folder}: model.safetensors lacks the pooler that the head {settings['head']!r} reads")
     try:
+        if settings["head"] not in ("layers", "pooler") or settings["pooling"] not in POOLINGS:
+            raise UserError(f"head {settings['head']!r}, pooling {settings['pooling']!r}: unknown")
+        check_layers(settings["layers"], len(blocks(encoder)), "layers")
         model = Classifier(encoder, **{key: settings.pop(key) for key in list(settings)})
         missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)
         wrong = unexpected + [key for key in missing if not key.startswith("encoder.")]
