@@ -131,3 +131,12 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
 def finish_folder(folder, name):
     """Note in folder/name that the job of start_folder() is complete."""
     write_json(Path(folder) / name, {**read_json(Path(folder) / name), "complete": True})
+
+
+def markdown_table(header, rows):
+    """A Markdown table whose columns are aligned as plain text too, the first to the left."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+             for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -13,8 +13,6 @@ if bit l of m is set (model 0 uses none and is not reported). Their weights for 
 so that a step is L matrix products, whatever M is, and no product is spent on a layer that a model does not use.
 """
 import argparse
-import csv
-import itertools
 import time
 import zipfile
 from pathlib import Path
@@ -23,8 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import UserError, claim, cli, finish_folder, read_json, sha256, start_folder, write_atomic, write_json
+from files import UserError, claim, cli, finish_folder, read_json, sha256, start_folder, write_atomic
 from model import POOLINGS, check_layers, pick_device, pick_precision, versions
+from ranking import Results, columns_of, write_grid
 
 
 # --- the models --------------------------------------------------------------------------------------------------
@@ -151,32 +150,6 @@ def confusion_matrices(weights, rest, features, labels, classes, chunk=512):
     return total.view(seeds, models, classes, classes).cpu().numpy().astype(np.int32)
 
 
-# --- scores ------------------------------------------------------------------------------------------------------
-
-def micro_f1(confusion):
-    """Micro-F1 from confusion matrices (..., C, C), as in the paper's section 1.5; here it equals accuracy."""
-    true = np.trace(confusion, axis1=-2, axis2=-1)
-    precision = recall = true / np.maximum(confusion.sum((-2, -1)), 1)  # one label a row: false positives = false negatives
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-300)
-
-
-def macro_f1(confusion):
-    """Mean of the classes' F1 from confusion matrices (..., C, C); a class with neither rows nor predictions counts 0."""
-    true = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return (2 * true / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)).mean(-1)
-
-
-def best_of(scores, combinations, poolings):
-    """(pooling, layers) with the highest score; ties go to fewer layers, then to lower ones, then to the first pooling.
-
-    scores: (P, combinations), one for each pooling and combination.
-    """
-    keys = [(-round(scores[p, m], 9), len(layers), layers, p)
-            for p in range(len(poolings)) for m, layers in enumerate(combinations)]
-    _, _, layers, p = min(keys)
-    return poolings[p], list(layers)
-
-
 # --- files -------------------------------------------------------------------------------------------------------
 
 def load_array(path, shape, kind="f"):
@@ -221,75 +194,6 @@ def load_part(path, shape):
     if confusion.shape != shape:
         raise UserError(f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again")
     return confusion, seconds
-
-
-# --- the report --------------------------------------------------------------------------------------------------
-
-def selections(f1, files, combinations, poolings):
-    """What each protocol chooses: {name: (pooling, layers)} for en, joint, test, and {language: ...} for the oracle.
-
-    f1: (P, combinations, S, files); `files` are names like dev.de. A protocol whose files are not there is left out.
-    """
-    mean = f1.mean(2)                                                                           # (P, combinations, files)
-    groups = {"en": ["dev.en"], "joint": [name for name in files if name[:4] == "dev." and name != "dev.en"],
-              "test": [name for name in files if name[:5] == "test." and name != "test.en"]}
-    chosen = {name: best_of(mean[..., [files.index(file) for file in group]].mean(-1), combinations, poolings)
-              for name, group in groups.items() if group and set(group) <= set(files)}
-    oracle = {name[4:]: best_of(mean[..., i], combinations, poolings)
-              for i, name in enumerate(files) if name.startswith("dev.")}
-    return chosen, oracle
-
-
-def summary(f1, macro, files, combinations, poolings, hidden, select, chosen, oracle, seconds):
-    """The report in Markdown, as a string. f1, macro: (P, combinations, S, files)."""
-    def named(pooling, layers):
-        return f"{pooling} of {'+'.join(map(str, layers))}"
-
-    def spread(scores):
-        return f"{100 * scores.mean():.2f} | {100 * scores.std():.2f}"
-
-    def where(pooling, layers):
-        return poolings.index(pooling), combinations.index(tuple(layers))
-
-    tests = [i for i, name in enumerate(files) if name.startswith("test.")]
-    foreign = [i for i in tests if files[i] != "test.en"] or tests
-    by = {"en": ["dev.en"], "joint": [n for n in files if n[:4] == "dev." and n != "dev.en"], "test": [files[i] for i in foreign]}
-    score = f1[..., [files.index(name) for name in by[select]]].mean(-1)                        # (P, combinations, S)
-    test = f1[..., foreign].mean(-1) if foreign else None                                       # (P, combinations, S)
-    mean = score.mean(2)
-    order = sorted(np.ndindex(mean.shape), key=lambda pm: (-round(mean[pm], 9), len(combinations[pm[1]]), combinations[pm[1]], pm[0]))
-    lines = ["# The search", "", f"{f1[..., 0].size:,} models ({len(combinations)} combinations x {len(poolings)} poolings x {f1.shape[2]} seeds"
-             f"{f', hidden layer of {hidden}' if hidden else ''}), {seconds:.1f} s, {1000 * seconds / f1[..., 0].size:.1f} ms a model. "
-             f"Ranked by `{select}`: micro-F1 averaged over {', '.join(by[select])}. "
-             "`paper F1` is the mean over the non-English test sets. Percent, mean and standard deviation over the seeds.",
-             "", "| rank | pooling | layers | ranked by | +- | paper F1 | +- |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {rank} | {poolings[p]} | {'+'.join(map(str, combinations[m]))} | {spread(score[p, m])} "
-              f"| {spread(test[p, m]) if foreign else '- | -'} |" for rank, (p, m) in enumerate(order[:10], 1)]
-    single = {layers[0]: mean[:, m] for m, layers in enumerate(combinations) if len(layers) == 1}
-    best_single = min(((-round(score, 9), layer, p) for layer, scores in single.items() for p, score in enumerate(scores)))
-    lines += ["", f"Best single layer: {best_single[1]} ({poolings[best_single[2]]}, {-100 * best_single[0]:.2f}). "
-              f"Best pooling, averaged over all combinations: {poolings[int(mean.mean(1).argmax())]} ("
-              + ", ".join(f"{pooling} {100 * mean[p].mean():.2f}" for p, pooling in enumerate(poolings)) + ").",
-              "", "| layer | mean with it | mean without it | difference | alone: " + " | alone: ".join(poolings) + " |",
-              "|---|---|---|---|" + "---|" * len(poolings)]
-    for layer in sorted(single):
-        has = np.array([layer in layers for layers in combinations])
-        with_it, without = 100 * mean[:, has].mean(), 100 * mean[:, ~has].mean() if (~has).any() else float("nan")
-        lines.append(f"| {layer} | {with_it:.2f} | {without:.2f} | {with_it - without:+.2f} | "
-                     + " | ".join(f"{100 * value:.2f}" for value in single[layer]) + " |")
-    lines += ["", "What each protocol chooses, and its micro-F1 on the test sets. `en`: on English dev, true zero-shot; `joint`: on the "
-              "mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper did.", "",
-              "| protocol | choice | " + " | ".join(files[i][5:] for i in tests) + " | paper F1 | macro-F1 |", "|---|---|" + "---|" * (len(tests) + 2)]
-    rows = {name: [choice] * len(tests) for name, choice in chosen.items()}
-    if set(files[i][5:] for i in tests) <= set(oracle):
-        rows["oracle"] = [oracle[files[i][5:]] for i in tests]
-    for name in [name for name in ("en", "joint", "oracle", "test") if name in rows and tests]:
-        scores, macros = ([100 * table[where(*choice)][:, i].mean() for choice, i in zip(rows[name], tests)] for table in (f1, macro))
-        outside = [k for k, i in enumerate(tests) if i in foreign]
-        lines.append(f"| {name} | {named(*rows[name][0]) if name != 'oracle' else 'per language'} | "
-                     + " | ".join(f"{value:.2f}" for value in scores) + f" | {np.mean([scores[k] for k in outside]):.2f} "
-                     f"| {np.mean([macros[k] for k in outside]):.2f} |")
-    return "\n".join(lines) + "\n"
 
 
 def parse_args(argv):
@@ -337,6 +241,8 @@ def main(argv=None):
     files = [stem for stem in stems if not stem.startswith("train.")]
     if "train.en" not in stems or not files:
         raise UserError(f"{args.features}: the search needs train.en and a dev or test file, it holds {' '.join(stems)}")
+    if args.select not in columns_of(files):
+        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
     precision = pick_precision("fp32" if args.precision == "auto" and device.type == "cuda"
                                and not torch.cuda.is_bf16_supported(including_emulation=False) else args.precision, device)
     combinations = [tuple(layer for bit, layer in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
@@ -366,42 +272,14 @@ def main(argv=None):
                 for i, seed in enumerate(todo):
                     with write_atomic(part_path(out, pooling, seed), "wb") as file:
                         np.savez(file, confusion=tables[:, i], seconds=seconds)
-        write_report(out, args, manifest, description, files, combinations, shape)
+        parts = [[load_part(part_path(out, pooling, seed), shape) for seed in seeds] for pooling in args.poolings]
+        confusion = np.array([[part[0] for part in row] for row in parts]).transpose(0, 3, 1, 2, 4, 5)  # (P, M, S, F, C, C)
+        text = write_grid(out, Results(confusion, args.poolings, combinations, files), manifest["labels"], args.select,
+                          args.hidden, sum(part[1] for row in parts for part in row), manifest.get("model"))
+        finish_folder(out, "run.json")
+    best = read_json(out / "best.json")
+    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; written to {out}/")
     return 0
-
-
-def write_report(out, args, manifest, description, files, combinations, shape):
-    """Read all parts, rank the models, write the grid folder's files and print the summary."""
-    parts = [[load_part(part_path(out, pooling, seed), shape) for seed in range(args.seeds)] for pooling in args.poolings]
-    seconds = sum(part[1] for row in parts for part in row)
-    tables = np.stack([np.stack([part[0] for part in row], axis=1) for row in parts])           # (P, files, S, M, C, C)
-    f1, macro = (score(tables).transpose(0, 3, 2, 1) for score in (micro_f1, macro_f1))         # (P, M, S, files)
-    chosen, oracle = selections(f1, files, combinations, args.poolings)
-    if args.select not in chosen:
-        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
-    pooling, layers = chosen[args.select]
-    report = summary(f1, macro, files, combinations, args.poolings, args.hidden, args.select, chosen, oracle, seconds)
-    with write_atomic(out / "results.csv") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["pooling", "layers", "hidden", "seed", *(name.replace(".", "_") for name in files)])
-        for p, m, seed in itertools.product(*map(range, f1.shape[:3])):
-            writer.writerow([args.poolings[p], "+".join(map(str, combinations[m])), args.hidden, seed,
-                             *(f"{value:.6f}" for value in f1[p, m, seed])])
-    best = tables[args.poolings.index(pooling), :, :, combinations.index(tuple(layers))].sum(1)  # (files, C, C)
-    for name, table in zip(files, best):
-        if name.startswith("test."):
-            with write_atomic(out / f"confusion.{name[5:]}.csv") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["true \\ predicted", *manifest["labels"]])
-                writer.writerows([label, *row] for label, row in zip(manifest["labels"], table.tolist()))
-    with write_atomic(out / "summary.md") as file:
-        file.write(report)
-    write_json(out / "best.json", {
-        "layers": layers, "pooling": pooling, "select": args.select, "hidden": args.hidden, "model": manifest.get("model"),
-        "per_language": {language: {"layers": choice[1], "pooling": choice[0]} for language, choice in oracle.items()},
-        "protocols": {name: {"layers": choice[1], "pooling": choice[0]} for name, choice in chosen.items()}})
-    finish_folder(out, "run.json")
-    print(report + f"\nchosen: {pooling} pooling of layers {' '.join(map(str, layers))}; written to {out}/")
 
 
 if __name__ == "__main__":
