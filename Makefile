@@ -2,7 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test clean
+DEMO ?= demo
+PY = HF_HUB_OFFLINE=1 $(BIN)/python
+MODEL = sample/model
+TUNE = --model $(MODEL) --data sample/nli --lr 5e-4
+
+.PHONY: demo test clean
+
+# Both phases on the sample. Each line can be run by hand; run again, the whole goes on where it stopped.
+demo: .venv/run
+	$(PY) extract.py --model $(MODEL) --data sample/intents --out $(DEMO)/features
+	$(PY) grid_search.py --features $(DEMO)/features --out $(DEMO)/grid
+	$(PY) train.py $(TUNE) --out $(DEMO)/runs/baseline --head pooler
+	$(PY) train.py $(TUNE) --out $(DEMO)/runs/mc-bert --layers-from $(DEMO)/grid/best.json
+	$(PY) train.py $(TUNE) --out $(DEMO)/runs/mc-bert-wf --layers-from $(DEMO)/grid/best.json --freeze-layers 9 11 12 --freeze-epoch 2
+	$(PY) evaluate.py $(DEMO)/runs/baseline $(DEMO)/runs/mc-bert $(DEMO)/runs/mc-bert-wf --data sample/nli --out $(DEMO)/results
+	$(PY) plot.py grid $(DEMO)/grid --out $(DEMO)/figures
+	$(PY) plot.py confusion $(DEMO)/grid --out $(DEMO)/figures
+	$(PY) plot.py training $(DEMO)/runs/baseline $(DEMO)/runs/mc-bert $(DEMO)/runs/mc-bert-wf --out $(DEMO)/figures
 
 test: .venv/test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests

@@ -84,7 +84,7 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
         origins = read_json(path.parent / "origins.json") if (path.parent / "origins.json").exists() else {}
         if origins.get(path.name) != origin or not path.exists():
             if epoch not in models:
-                models[epoch] = load_epoch(folder, epoch)
+                models[epoch] = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
             model, tokenizer, dtype = models[epoch]
             encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
             values = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
@@ -92,18 +92,25 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
             with write_atomic(path, "wb") as file:
                 np.save(file, values)
             write_json(path.parent / "origins.json", {**origins, path.name: origin})
-        logits[language] = np.array(load_array(path, (len(rows.labels), len(run["labels"]))))
+        try:
+            logits[language] = np.array(load_array(path, (len(rows.labels), len(run["labels"]))))
+        except UserError:
+            raise UserError(f"{path} is damaged or cut short: delete it, and it is computed again") from None
     return logits
 
 
 def load_epoch(folder, epoch, precision="auto"):
-    """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products."""
+    """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products.
+
+    precision: the run's --precision, so that dev accuracies are those of metrics.jsonl; fp16 without a GPU is "auto".
+    """
     path = Path(folder) / "epochs" / str(epoch)
     if not path.is_dir():
         kept = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdecimal())
         raise UserError(f"{folder} did not keep epoch {epoch}, but {' '.join(map(str, kept)) or 'none'}")
     model, tokenizer = load_model(path)
     device = pick_device()
+    precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
     return model.to(device), tokenizer, pick_precision(precision, device)
 
 
@@ -208,7 +215,7 @@ def label_input(folder, protocol, source, target, batch_size):
     labels = run["labels"]
     rows = read_table(source, labels)
     epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
-    model, tokenizer, dtype = load_epoch(folder, epoch)
+    model, tokenizer, dtype = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
     encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
     logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size, str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()

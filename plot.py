@@ -82,7 +82,7 @@ def plot_grid(folder, out):
         mean, std = np.mean(mine, 1), np.std(mine, 1)
         curve.plot(range(1, len(mean) + 1), mean, color=colors[pooling], label=pooling, marker=marker, markevery=max(1, len(mean) // 8), ms=3)
         curve.fill_between(range(1, len(mean) + 1), mean - std, mean + std, color=colors[pooling], alpha=0.15, lw=0)
-    curve.set(xlabel="rank of the combination within its pooling", ylabel=label, title="All combinations (band: one standard deviation)")
+    curve.set(xlabel="rank of the combination within its pooling", ylabel=label, title="All combinations (band: std over seeds)")
     curve.legend(ncols=len(poolings))
     best = sorted(score, key=lambda key: -score[key].mean())[:15]
     for i, key in enumerate(best):

@@ -189,6 +189,8 @@ def describe(model, count, freeze_layers, note, dtype, world):
     """What is printed at the start: layers used, cut and frozen, and how many parameters are trained."""
     print(f"{type(model.encoder).__name__}, {count} blocks: {note}")
     noop = [layer for layer in freeze_layers if layer > len(blocks(model.encoder))]
+    if freeze_layers:
+        print(f"layers to freeze: {' '.join(map(str, freeze_layers))}")
     if noop:
         print(f"freezing layer {' '.join(map(str, noop))} is a no-op: it is above the highest layer pooled and was cut off")
     where = f"{world} processes on {next(model.parameters()).device.type}" if world > 1 else next(model.parameters()).device
@@ -239,7 +241,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     rank, world = start_processes()
     model, device = state.model.train(), state.totals.device
     wrapped = wrap(model, world)
-    writer = SummaryWriter(out, purge_step=state.step + 1 if state.step else None) if rank == 0 else None
+    writer = SummaryWriter(out, purge_step=state.step + 1) if rank == 0 else None
     per_epoch = -(-len(train_set.labels) // batch_size)
     bar = tqdm(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
     since, clock = state.step, time.perf_counter()
@@ -264,8 +266,12 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             if not (evaluates or saves or state.step % log_steps == 0):
                 continue
             loss_sum, right_sum, row_sum = total_over_processes(state.totals)
-            if not np.isfinite(loss_sum):
-                raise UserError(f"the loss is {loss_sum} at step {state.step}: lower --lr (now {lr}) or give --precision fp32; "
+            problem = None if np.isfinite(loss_sum) else f"the loss is {loss_sum}"
+            if saves and not problem and not all(weight.isfinite().all() for weight in model.parameters()):
+                problem = "a weight is not finite"
+            if problem:
+                bar.close()
+                raise UserError(f"{problem} at step {state.step}: lower --lr (now {lr}) or give --precision fp32; "
                                 f"the last good state is kept in {out}")
             speed = (state.step - since) * batch_size / (time.perf_counter() - clock)
             if rank == 0:
@@ -368,6 +374,10 @@ def parse_args(argv):
     if args.layers_from:
         best = read_json(args.layers_from, "layers", "pooling")
         args.layers, args.pooling = best["layers"], best["pooling"]
+        if not isinstance(args.layers, list) or not args.layers or not all(type(layer) is int for layer in args.layers) \
+                or args.pooling not in POOLINGS:
+            raise UserError(f"{args.layers_from}: expected a list of layer numbers and one of {', '.join(POOLINGS)}, "
+                            f"got {args.layers!r} and {args.pooling!r}")
     args.layers, args.pooling = args.layers or [6, 8, 11], args.pooling or "max"
     return args
 

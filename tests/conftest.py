@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 import files
 
+torch.set_num_threads(1)  # models this small are many times slower on threads that wait for a busy core
+
 SHARED = ROOT.parent / "shared" / "data"
 WORDS = {  # a toy world: the same twelve words in three languages, four of them decide the label
     "en": "money refund agent person parcel late cancel order please my the now".split(),

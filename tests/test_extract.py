@@ -16,7 +16,6 @@ from conftest import make_data, make_model
 from files import sha256
 from model import POOLINGS
 
-torch.set_num_threads(1)  # models this small are many times slower on threads that wait for a busy core
 ROWS = {"train.en": 13, "dev.en": 5, "dev.de": 5, "test.en": 7, "test.de": 7}
 FAMILIES = ["bert", "xlm-roberta", "distilbert"]
 LAYERS, HIDDEN = 4, 36

@@ -16,7 +16,6 @@ from files import UserError
 from grid_search import confusion_matrices, keep_mask, train_models
 from ranking import Results, choices, macro_f1, micro_f1, rank as best_first
 
-torch.set_num_threads(1)  # matrices this small are many times slower on threads that wait for a busy core
 CPU = torch.device("cpu")
 
 

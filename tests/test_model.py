@@ -16,7 +16,6 @@ from files import UserError
 from model import (POOLINGS, Classifier, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states, load_encoder,
                    load_model, load_tokenizer, model_identity, pick_precision, pool, predict, save_model, token_limit)
 
-torch.set_num_threads(1)  # models this small are many times slower on threads that wait for a busy core
 FAMILIES = ["bert", "xlm-roberta", "distilbert", "deberta"]
 BLOCKS, HIDDEN = 5, 36
 LABELS = ["refund", "agent", "delivery"]

@@ -1,0 +1,838 @@
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, log_loss
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+import files
+import train
+from conftest import make_data, make_model, make_tokenizer
+from data import train_batches
+
+BASE = "--epochs 3 --batch-size 13 --lr 1e-3 --precision fp32 --max-length 32 --log-steps 1".split()
+STEPS = 5  # an epoch: 60 rows, 13 at once
+FROZEN = "--layers 1 3 --freeze-layers 5 2 0 --freeze-epoch 1 --weight-decay 0.1"
+LABELS = ["refund", "agent", "delivery", "cancel"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def still_model(tmp_path_factory):
+    """An encoder without dropout."""
+    return make_model(tmp_path_factory.mktemp("still"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(scope="module")
+def pair_data(data_folder, tmp_path_factory):
+    """The toy data with each text cut in two."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for path in Path(data_folder).iterdir():
+        lines = path.read_text().splitlines()
+        if path.suffix == ".tsv":
+            cells = [(text[:len(text) // 2].strip() or "my", text[len(text) // 2:].strip(), label)
+                     for text, label in (line.split("\t") for line in lines[1:])]
+            lines = ["text_a\ttext_b\tlabel", *map("\t".join, cells)]
+        (folder / path.name).write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def fine_tune(out, model, data, *flags):
+    """train.py in this process: what it printed. Flags are strings of flags, BASE is given before them."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        train.main(["--model", str(model), "--data", str(data), "--out", str(out), *BASE, *" ".join(flags).split()])
+    return text.getvalue()
+
+
+def metrics(out):
+    """metrics.jsonl without the one column that differs from call to call."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "examples_per_second"} for row in rows]
+
+
+def kept(out):
+    return sorted(int(path.name) for path in (Path(out) / "epochs").iterdir())
+
+
+def weights(folder):
+    """All tensors of a kept epoch; the classifier's own under their names, the encoder's under encoder.NAME."""
+    encoder = load_file(Path(folder) / "model.safetensors")
+    return {f"encoder.{name}": tensor for name, tensor in encoder.items()} | load_file(Path(folder) / "classifier.safetensors")
+
+
+def assert_same_run(one, other, ignore=()):
+    """Two run folders with the same metrics, the same epochs, and weights equal bit for bit."""
+    def rows(out):
+        return [{key: value for key, value in row.items() if key not in ignore} for row in metrics(out)]
+    assert rows(one) == rows(other)
+    assert kept(one) == kept(other)
+    for epoch in kept(one):
+        mine, others = (weights(Path(out) / "epochs" / str(epoch)) for out in (one, other))
+        assert mine.keys() == others.keys()
+        assert [name for name in mine if not torch.equal(mine[name], others[name])] == []
+
+
+def blocks_size(blocks):
+    """Parameters of some blocks: 36 wide, 52 in the middle; query, key, value, output, two norms."""
+    return blocks * (4 * (36 * 36 + 36) + 2 * (2 * 36) + (36 * 52 + 52) + (52 * 36 + 36))
+
+
+def embeddings_size(model):
+    return (len(AutoTokenizer.from_pretrained(model)) + 64 + 2) * 36 + 2 * 36
+
+
+# --- the pieces of a step ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def watching(look):
+    """Call look(model, optimizer, batches) after each optimizer step."""
+    step = train.train_step
+
+    def watched(model, optimizer, rate, scaler, batches, *rest):
+        result = step(model, optimizer, rate, scaler, batches, *rest)
+        look(model, optimizer, batches)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        yield
+
+
+def plain_fine_tuning(model, data, head, layers, epochs, peak, clip):
+    """The independent loop: encoder, linear, the mean loss and the accuracy of each epoch."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(36 * len(layers) if head == "layers" else 36, 4)
+    cells = [line.split("\t") for line in (Path(data) / "train.en.tsv").read_text().splitlines()[1:]]
+    rows = [tokenizer(*texts) for *texts, _ in cells]
+    classes = torch.tensor([LABELS.index(label) for *_, label in cells])
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    parameters = [*encoder.parameters(), *linear.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=peak)
+    steps = epochs * STEPS
+    warm = steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (steps - i) / (steps - warm)))
+    history = []
+    for epoch in range(epochs):
+        losses, right = [], 0
+        for chosen in train_batches(lengths, 13, 0, epoch):
+            batch = tokenizer.pad([rows[i] for i in chosen], pad_to_multiple_of=8, return_tensors="pt")
+            output = encoder(**batch, output_hidden_states=True)
+            padding = (batch["attention_mask"] == 0)[:, :, None]
+            features = output.pooler_output if head == "pooler" else torch.cat(
+                [output.hidden_states[k].masked_fill(padding, -torch.inf).max(1).values for k in layers], 1)
+            logits = linear(features)
+            loss = F.cross_entropy(logits, classes[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            schedule.step()
+            losses += [loss.item()] * len(chosen)
+            right += int((logits.argmax(1) == classes[chosen]).sum())
+        history.append((np.mean(losses), right / len(rows)))
+    return encoder, linear, history
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+@pytest.mark.parametrize("head, pairs", [("layers", False), ("pooler", True)])
+def test_weights_are_those_of_a_plain_loop(head, pairs, epochs, still_model, data_folder, pair_data, tmp_path):
+    data, layers = (pair_data if pairs else data_folder), [1, 3]
+    fine_tune(tmp_path / "run", still_model, data, "--lr 1e-4 --clip 0.3 --dropout 0", f"--epochs {epochs}",
+              "--head pooler" if head == "pooler" else "--layers 1 3")
+    encoder, linear, history = plain_fine_tuning(still_model, data, head, layers, epochs, 1e-4, 0.3)
+    mine = weights(tmp_path / "run" / "epochs" / str(epochs))
+    plain = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    plain |= {f"classifier.1.{name}": tensor for name, tensor in linear.state_dict().items()}
+    start = AutoModel.from_pretrained(still_model).state_dict()
+    assert set(mine) == {name for name in plain
+                         if head == "pooler" or not name.startswith(("encoder.pooler.", "encoder.encoder.layer.3.",
+                                                                     "encoder.encoder.layer.4."))}
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor, plain[name], rtol=0, atol=1e-6), name
+    moved = [(mine[f"encoder.{name}"] - start[name]).abs().max()
+             for name in ("embeddings.word_embeddings.weight", "encoder.layer.2.output.dense.weight")]
+    assert min(moved) > 1e-4  # a hundred times the tolerance
+    rows = [row for row in metrics(tmp_path / "run") if row["split"] == "train"]
+    assert [row["accuracy"] for row in rows] == [accuracy for _, accuracy in history]
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in history], abs=1e-6)
+
+
+@pytest.mark.parametrize("parts, sizes", [(2, [7, 6]), (5, [3, 3, 3, 2, 2]), (99, [1] * 13)])
+def test_accumulating_gives_the_same_weights(parts, sizes, still_model, data_folder, tmp_path):
+    flags = "--layers 1 3 --dropout 0 --lr 1e-4 --epochs 2"
+    fine_tune(tmp_path / "whole", still_model, data_folder, flags)
+    seen = []
+    with watching(lambda model, optimizer, batches: seen.append([len(batch["labels"]) for batch in batches])):
+        fine_tune(tmp_path / "parts", still_model, data_folder, flags, f"--accumulate {parts}")
+    assert seen.count(sizes) == 8 and all(sum(step) in (8, 13) for step in seen)
+    whole, split = (weights(tmp_path / name / "epochs" / "2") for name in ("whole", "parts"))
+    assert [n for n in whole if not torch.allclose(whole[n], split[n], rtol=0, atol=1e-6)] == []
+
+
+def test_weight_decay_is_decoupled_and_on_matrices_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
+    torch.nn.init.uniform_(model[0].bias)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = train.make_optimizer(model, 0.3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    matrix, *others = model.parameters()
+    assert torch.allclose(matrix, before[0] * (1 - 0.1 * 0.3))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(others, before[1:]))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 37, 200])
+@pytest.mark.parametrize("schedule, theirs", [("linear", transformers.get_linear_schedule_with_warmup),
+                                              ("constant", transformers.get_constant_schedule_with_warmup)])
+def test_learning_rate_is_that_of_transformers(steps, schedule, theirs):
+    """In warm-up one step ahead of theirs, whose first step has a learning rate of 0; after it the same."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.03)
+    warm = max(1, round(steps / 10))
+    scheduler = theirs(optimizer, warm, *([steps] if schedule == "linear" else []))
+    expected = []
+    for _ in range(steps + 1):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    mine = [train.learning_rate(step, steps, 0.03, schedule) for step in range(steps)]
+    assert mine[:warm] == pytest.approx(expected[1:warm + 1] if steps > 1 else [0.03])
+    assert mine[warm:] == pytest.approx(expected[warm:steps])
+    assert min(mine) > 0 and max(mine) == pytest.approx(0.03)
+
+
+# --- freezing ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def frozen_run(model_folder, data_folder, tmp_path_factory):
+    """Layers 0, 2 and the absent 5 frozen after one epoch of three, and what was seen after each of the 15 steps."""
+    out, seen, with_gradient = tmp_path_factory.mktemp("frozen") / "run", [], []
+
+    def look(model, optimizer, batches):
+        with torch.random.fork_rng():
+            states = [model.encoder.embeddings(batches[0]["input_ids"]) for _ in range(2)]
+        listed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        seen.append(SimpleNamespace(
+            weights={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+            gradients=with_gradient.pop(), dropout=not torch.equal(*states), training=all(m.training for m in model.modules()),
+            listed={name for name, parameter in model.named_parameters() if id(parameter) in listed},
+            state={name for name, parameter in model.named_parameters() if parameter in optimizer.state},
+            states=len(optimizer.state), random=torch.get_rng_state()))
+
+    clip = torch.nn.utils.clip_grad_norm_
+    state = train.State
+
+    def remember(model, *rest):
+        remember.model = model
+        return state(model, *rest)
+
+    def clipped(parameters, norm):
+        with_gradient.append({name for name, parameter in remember.model.named_parameters() if parameter.grad is not None})
+        return clip(parameters, norm)
+
+    with watching(look), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "State", remember)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+        text = fine_tune(out, model_folder, data_folder, FROZEN)
+    return SimpleNamespace(out=out, seen=seen, text=text)
+
+
+def is_frozen(name):
+    return name.startswith(("encoder.embeddings.", "encoder.encoder.layer.1."))
+
+
+def test_frozen_weights_do_not_move_by_one_bit(frozen_run):
+    for name, after in frozen_run.seen[STEPS - 1].weights.items():
+        assert not torch.equal(after, frozen_run.seen[0].weights[name]), f"{name} did not move before freezing"
+        for before, now in zip(frozen_run.seen[STEPS - 1:], frozen_run.seen[STEPS:]):
+            assert torch.equal(before.weights[name], now.weights[name]) == is_frozen(name), name
+
+
+def test_frozen_weights_have_no_gradient_and_no_optimizer_state(frozen_run):
+    names = set(frozen_run.seen[0].weights)
+    for step, seen in enumerate(frozen_run.seen):
+        expected = {name for name in names if step < STEPS or not is_frozen(name)}
+        assert seen.gradients == seen.listed == seen.state == expected
+        assert seen.states == len(expected)
+
+
+def test_dropout_stays_on_in_frozen_layers(frozen_run):
+    assert all(seen.dropout and seen.training for seen in frozen_run.seen)
+
+
+def test_dropout_draws_anew_at_each_step(frozen_run):
+    assert len({seen.random.numpy().tobytes() for seen in frozen_run.seen}) == 3 * STEPS
+
+
+def test_frozen_layers_are_in_the_metrics_and_in_the_output(frozen_run, model_folder):
+    assert [row["frozen_layers"] for row in metrics(frozen_run.out)] == [[]] * 4 + [[0, 2, 5]] * 8
+    left = blocks_size(2) + 72 * 4 + 4
+    assert f"1 epochs done: layers 5 2 0 are frozen from here on, {left:,} parameters to train" in frozen_run.text
+
+
+def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, model_folder):
+    lines = frozen_run.text.splitlines()
+    count = embeddings_size(model_folder) + blocks_size(3) + 72 * 4 + 4
+    assert lines[0] == "BertModel, 5 blocks: max pooling of layers 1 3, the 2 above cut off"
+    assert lines[1] == "layers to freeze: 5 2 0"
+    assert lines[2] == "freezing layer 5 is a no-op: it is above the highest layer pooled and was cut off"
+    assert lines[3] == f"{count:,} parameters to train; float32 products, cpu"
+
+
+def test_freezing_a_layer_above_the_cut_changes_nothing(model_folder, data_folder, tmp_path):
+    text = fine_tune(tmp_path / "noop", model_folder, data_folder, "--layers 1 3 --freeze-layers 4 5 --freeze-epoch 1")
+    fine_tune(tmp_path / "plain", model_folder, data_folder, "--layers 1 3")
+    assert "freezing layer 4 5 is a no-op" in text
+    assert_same_run(tmp_path / "noop", tmp_path / "plain", ignore=["frozen_layers"])
+    assert metrics(tmp_path / "noop")[-1]["frozen_layers"] == [4, 5]
+
+
+def test_freezing_from_the_start_keeps_the_pretrained_weights(model_folder, data_folder, tmp_path):
+    fine_tune(tmp_path / "run", model_folder, data_folder, "--layers 1 3 --freeze-layers 0 2 --freeze-epoch 0")
+    pretrained = load_file(Path(model_folder) / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "epochs" / "3" / "model.safetensors")
+    for name, weight in trained.items():
+        assert torch.equal(weight, pretrained[name]) == is_frozen(f"encoder.{name}"), name
+    assert all(row["frozen_layers"] == [0, 2] for row in metrics(tmp_path / "run"))
+
+
+def scripted(monkeypatch, **accuracies):
+    """Replace evaluation: the i-th one finds these accuracies on dev."""
+    calls = iter(range(99))
+
+    def evaluate(model, sets, *_):
+        i = next(calls)
+        return {key: (accuracies[key[1]][i], 1.0) for key in sets}
+    monkeypatch.setattr(train, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("en, de, zh, frozen_epochs", [
+    ([.9, .9, .9, .9, .9], [.2, .4, .5, .4, .9], [.4, .6, .5, .4, .1], [5]),  # means .3 .5 .5 .4 .5: a tie is no fall
+    ([.9, .8, .7, .6, .5], [.2, .4, .5, .6, .7], [.4, .6, .5, .4, .3], []),  # English alone falls
+    ([.1, .2, .3, .4, .5], [.6, .5, .4, .3, .9], [.4, .4, .4, .4, .9], [3, 4, 5]),  # never thawed
+    ([.9, .9, .9, .9, .9], [.5, .5, .5, .5, .4], [.5, .5, .5, .5, .5], []),  # too late
+])
+def test_automatic_freezing_at_the_first_fall(en, de, zh, frozen_epochs, model_folder, data_folder, tmp_path, monkeypatch):
+    scripted(monkeypatch, en=en, de=de, zh=zh)
+    fine_tune(tmp_path / "run", model_folder, data_folder,
+              "--layers 2 --freeze-layers 1 --freeze-epoch auto --max-train-rows 13 --epochs 5")
+    assert [row["epoch"] for row in metrics(tmp_path / "run")
+            if row["split"] == "train" and row["frozen_layers"]] == frozen_epochs
+
+
+@pytest.fixture(scope="module")
+def auto_run(model_folder, data_folder, tmp_path_factory):
+    """A run that freezes by itself, evaluated every second step and after each epoch."""
+    out = tmp_path_factory.mktemp("auto") / "run"
+    text = fine_tune(out, model_folder, data_folder,
+                     "--layers 1 3 --freeze-layers 1 2 --freeze-epoch auto --eval-steps 2 --lr 5e-3")
+    return SimpleNamespace(out=out, text=text)
+
+
+def test_automatic_freezing_agrees_with_the_metrics(auto_run):
+    evaluations = {}
+    for row in metrics(auto_run.out):
+        evaluations.setdefault(row["step"], {})[row["split"], row["language"]] = row
+    assert list(evaluations) == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    best, expected = -1, []
+    for rows in evaluations.values():
+        assert {json.dumps(row["frozen_layers"]) for row in rows.values()} == {json.dumps(expected)}
+        mean = (rows["dev", "de"]["accuracy"] + rows["dev", "zh"]["accuracy"]) / 2
+        if not expected and mean < best:
+            expected = [1, 2]
+            assert f"fell below {100 * best:.1f}" in auto_run.text
+        best = max(best, mean)
+    assert expected, "the data of this test should make the accuracy fall"
+
+
+# --- stopped and started again -----------------------------------------------------------------------------------
+
+SETTINGS = {
+    "epoch": "--layers 1 3 --freeze-layers 0 2 --freeze-epoch 1 --save-steps 3",
+    "auto": "--layers 1 3 --freeze-layers 1 2 --freeze-epoch auto --eval-steps 2 --save-steps 3 --lr 5e-3",
+    "pooler": "--head pooler --freeze-layers 5 --freeze-epoch 2 --precision bf16 --accumulate 2 --hidden 7 --weight-decay 0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def unstopped(model_folder, data_folder, tmp_path_factory):
+    outs = {}
+
+    def get(name):
+        if name not in outs:
+            outs[name] = tmp_path_factory.mktemp("unstopped") / "run"
+            fine_tune(outs[name], model_folder, data_folder, SETTINGS[name])
+        return outs[name]
+    return get
+
+
+def saved_state(out):
+    return torch.load(Path(out) / "resume" / "state.pt", weights_only=True)
+
+
+def assert_equal_states(one, other):
+    """Nested dicts and lists with equal tensors; less the speed, which is in the rows of metrics."""
+    if torch.is_tensor(one):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"examples_per_second"}:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for mine, others in zip(one, other):
+            assert_equal_states(mine, others)
+    else:
+        assert one == other
+
+
+@contextlib.contextmanager
+def interrupted(owner, name, calls):
+    """Ctrl-C in place of the call of owner.name after `calls` ones; it must have come."""
+    original, left = getattr(owner, name), [calls]
+
+    def stop(*arguments, **named):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("settings, stops", [
+    *[("epoch", [k]) for k in (0, 2, 4, 5, 6, 7, 11, 14)], ("epoch", [4, 3, 4, 2, 2]),
+    *[("auto", [k]) for k in (3, 5, 8, 9, 13)], ("auto", [5, 4, 4]),
+    *[("pooler", [k]) for k in (4, 9, 10, 13)],
+])
+def test_stopped_and_started_again_is_as_never_stopped(settings, stops, unstopped, model_folder, data_folder, tmp_path):
+    out = tmp_path / "run"
+    for steps in stops:
+        with interrupted(train, "train_step", steps):
+            fine_tune(out, model_folder, data_folder, SETTINGS[settings])
+    text = fine_tune(out, model_folder, data_folder, SETTINGS[settings])
+    assert ("going on after step" in text) == (sum(stops) >= (3 if "--save-steps" in SETTINGS[settings] else STEPS))
+    assert_same_run(out, unstopped(settings))
+    assert_equal_states(saved_state(out), saved_state(unstopped(settings)))
+    assert json.loads((out / "run.json").read_text())["complete"] is True
+    assert [event.step for event in events(out).Scalars("train/loss")] == list(range(1, 3 * STEPS + 1))
+
+
+def test_automatic_freezing_remembers_the_best_from_before_a_stop(model_folder, data_folder, tmp_path, monkeypatch):
+    """Epochs of one step; after the first the mean was 0.5, the second is below it and above nothing since the stop."""
+    flags = "--layers 2 --freeze-layers 1 --freeze-epoch auto --max-train-rows 13 --epochs 3"
+    scripted(monkeypatch, en=[.5], de=[.5], zh=[.5])
+    with interrupted(train, "train_step", 1):
+        fine_tune(tmp_path / "run", model_folder, data_folder, flags)
+    scripted(monkeypatch, en=[.5, .5], de=[.4, .4], zh=[.5, .5])
+    fine_tune(tmp_path / "run", model_folder, data_folder, flags)
+    assert [row["frozen_layers"] for row in metrics(tmp_path / "run") if row["split"] == "train"] == [[], [], [1]]
+
+
+@pytest.mark.parametrize("owner, name, calls", [
+    (train.State, "save", 0), (train.State, "save", 1), (train.State, "save", 3), (torch, "save", 2), (train, "save_model", 0),
+    (train, "save_model", 2), (train, "record", 1), (train, "evaluate", 2), (train, "finish_folder", 0),
+    (files.os, "replace", 5)])
+def test_stopped_while_saving_is_as_never_stopped(owner, name, calls, unstopped, model_folder, data_folder, tmp_path):
+    out = tmp_path / "run"
+    with interrupted(owner, name, calls):
+        fine_tune(out, model_folder, data_folder, SETTINGS["epoch"])
+    fine_tune(out, model_folder, data_folder, SETTINGS["epoch"])
+    assert_same_run(out, unstopped("epoch"))
+    assert_equal_states(saved_state(out), saved_state(unstopped("epoch")))
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)])
+def test_a_damaged_state_is_said_and_left_alone(damage, script, model_folder, data_folder, tmp_path):
+    out = tmp_path / "run"
+    with interrupted(train, "train_step", 7):
+        fine_tune(out, model_folder, data_folder, "--layers 1 3")
+    path = out / "resume" / "state.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    before = path.read_bytes()
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3)
+    assert status == 2 and "state.pt is damaged or cut short" in error and "--overwrite" in error
+    assert path.read_bytes() == before
+
+
+def test_a_complete_run_says_so_and_does_nothing(frozen_run, model_folder, data_folder):
+    def files_there():
+        return {path: path.stat().st_mtime_ns for path in frozen_run.out.rglob("*") if path.name != ".lock"}
+    before = files_there()
+    text = fine_tune(frozen_run.out, model_folder, data_folder, FROZEN)
+    assert text == f"{frozen_run.out} is complete already: nothing to do\n"
+    assert files_there() == before
+
+
+def test_other_arguments_are_refused_by_name(frozen_run, script, model_folder, data_folder):
+    before = (frozen_run.out / "run.json").read_bytes()
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", frozen_run.out, *BASE,
+                              "--layers", 1, 2, "--lr", "2e-3", "--seed", 5)
+    assert status == 2
+    for phrase in ("arguments.lr was 0.001, is now 0.002", "arguments.layers was [1, 3], is now [1, 2]",
+                   "arguments.seed was 0, is now 5",
+                   "arguments.freeze_layers was [5, 2, 0], is now []", "arguments.freeze_epoch was 1, is now None",
+                   "arguments.weight_decay was 0.1, is now 0.0", "--overwrite"):
+        assert phrase in error
+    assert (frozen_run.out / "run.json").read_bytes() == before
+
+
+def test_changed_data_and_changed_weights_are_refused(script, tmp_path):
+    model, data, out = make_model(tmp_path / "model"), make_data(tmp_path / "data"), tmp_path / "run"
+    flags = ["--model", model, "--data", data, "--out", out, *BASE, "--layers", 1, "--epochs", 1]
+    assert script("train", *flags)[0] == 0
+    make_data(tmp_path / "data", train=61)
+    status, _, error = script("train", *flags)
+    assert status == 2 and "data.train.en.tsv was" in error and "dev.en" not in error
+    make_data(tmp_path / "data")
+    make_model(tmp_path / "model", seed=1)
+    status, _, error = script("train", *flags)
+    assert status == 2 and "revision was" in error
+
+
+def test_overwrite_starts_anew(model_folder, data_folder, tmp_path):
+    out = tmp_path / "run"
+    with interrupted(train, "train_step", 12):
+        fine_tune(out, model_folder, data_folder, "--layers 2 --lr 5e-3")
+    (out / "predictions" / "1").mkdir(parents=True)
+    text = fine_tune(out, model_folder, data_folder, "--layers 1 3 --overwrite")
+    fine_tune(tmp_path / "fresh", model_folder, data_folder, "--layers 1 3")
+    assert "going on" not in text and not (out / "predictions").exists()
+    assert_same_run(out, tmp_path / "fresh")
+
+
+def test_a_folder_of_something_else_is_refused(script, model_folder, data_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE,
+                              "--layers", 1)
+    assert status == 2 and "thesis.txt but no run.json" in error
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_second_process_on_the_folder_is_refused(script, model_folder, data_folder, tmp_path):
+    with files.claim(tmp_path / "run"):
+        status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE,
+                                  "--layers", 1)
+    assert status == 2 and "in use by another process" in error
+
+
+# --- what a run writes -------------------------------------------------------------------------------------------
+
+def events(out):
+    return EventAccumulator(str(out), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def test_columns_of_the_metrics(auto_run):
+    rows = [json.loads(line) for line in (auto_run.out / "metrics.jsonl").read_text().splitlines()]
+    assert {tuple(row) for row in rows} == {("epoch", "step", "split", "language", "accuracy", "loss", "lr", "frozen_layers",
+                                             "examples_per_second")}
+    assert [(row["split"], row["language"]) for row in rows] == [("train", ""), ("dev", "en"), ("dev", "de"), ("dev", "zh")] * 9
+    assert [(row["epoch"], type(row["epoch"])) for row in rows[::4]] == [
+        (0.4, float), (0.8, float), (1, int), (1.2, float), (1.6, float), (2, int), (2.4, float), (2.8, float), (3, int)]
+    lrs = {1: 0.5, 2: 1.0} | {step: (15 - step + 1) / 13 for step in range(3, 16)}  # by hand: 2 steps of warm-up of 15
+    assert [row["lr"] for row in rows] == pytest.approx([5e-3 * lrs[row["step"]] for row in rows])
+    assert all(row["examples_per_second"] > 0 for row in rows)
+
+
+def test_train_rows_count_the_steps_since_the_last_evaluation(auto_run, data_folder):
+    """Every toy word is one token; the one batch of 8 rows of an epoch can be any of its five."""
+    lengths = np.array([len(line.split("\t")[0].split()) + 2
+                        for line in (Path(data_folder) / "train.en.tsv").read_text().splitlines()[1:]])
+    sizes = [len(rows) for epoch in range(3) for rows in train_batches(lengths, 13, 0, epoch)]
+    scalars = {event.step: event.value for event in events(auto_run.out).Scalars("train/accuracy")}
+    last = 0
+    for row in metrics(auto_run.out)[::4]:
+        right = row["accuracy"] * sum(sizes[last:row["step"]])
+        assert right == pytest.approx(round(right), abs=1e-9) and scalars[row["step"]] == pytest.approx(row["accuracy"])
+        last = row["step"]
+
+
+def test_dev_accuracy_and_loss_are_those_of_the_kept_model(frozen_run, data_folder):
+    folder = frozen_run.out / "epochs" / "3"
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    linear = load_file(folder / "classifier.safetensors")
+    for row in metrics(frozen_run.out)[-3:]:
+        cells = [line.split("\t") for line in (Path(data_folder) / f"dev.{row['language']}.tsv").read_text().splitlines()[1:]]
+        truth, logits = [LABELS.index(label) for _, label in cells], []
+        for text, _ in cells:  # one at a time: no padding at all
+            with torch.no_grad():
+                states = encoder(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            features = torch.cat([states[1].amax(1), states[3].amax(1)], 1)
+            logits.append((features @ linear["classifier.1.weight"].T + linear["classifier.1.bias"])[0])
+        logits = torch.stack(logits).double()
+        assert row["accuracy"] == accuracy_score(truth, logits.argmax(1))
+        assert row["loss"] == pytest.approx(log_loss(truth, logits.softmax(1), labels=range(4)), abs=1e-5)
+
+
+def test_tensorboard_holds_the_metrics(auto_run):
+    board = events(auto_run.out)
+    languages = ("de", "en", "zh")
+    assert set(board.Tags()["scalars"]) == {
+        *(f"{kind}/dev/{language}" for kind in ("accuracy", "loss") for language in languages),
+        "train/loss", "train/accuracy", "lr", "examples per second", "frozen layers"}
+    rows = metrics(auto_run.out)
+    for language in languages:
+        mine = [row for row in rows if (row["split"], row["language"]) == ("dev", language)]
+        for kind in ("accuracy", "loss"):
+            scalars = board.Scalars(f"{kind}/dev/{language}")
+            assert [scalar.step for scalar in scalars] == [row["step"] for row in mine]
+            assert [scalar.value for scalar in scalars] == pytest.approx([row[kind] for row in mine])
+    assert [scalar.step for scalar in board.Scalars("lr")] == list(range(1, 16))
+    frozen = [row for row in rows if row["split"] == "train"]
+    assert [scalar.value for scalar in board.Scalars("frozen layers")] == [len(row["frozen_layers"]) for row in frozen]
+    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("frozen layers/text_summary")]
+    assert texts == [" ".join(map(str, row["frozen_layers"])) or "none" for row in frozen]
+
+
+@pytest.mark.parametrize("epochs, expected", [
+    (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (5, [1, 2, 4, 5]), (6, [1, 2, 4, 6])])
+def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(epochs, expected, model_folder, data_folder, tmp_path,
+                                                               monkeypatch):
+    """Best by hand: en 2 (tied with 3), de 4 (tied with 5), zh 1, joint 1; before epoch 4: de 1."""
+    scripted(monkeypatch, en=[.5, .7, .7, .6, .1, .2], de=[.3, .2, .3, .5, .5, .4], zh=[.6, .2, .4, .1, .2, .3])
+    text = fine_tune(tmp_path / "run", model_folder, data_folder, f"--layers 1 --max-train-rows 13 --epochs {epochs}")
+    assert kept(tmp_path / "run") == expected
+    assert f"best epoch {min(epochs, 2)} by en, 1 by joint" in text
+
+
+def test_kept_epochs_follow_from_the_metrics(auto_run):
+    """Evaluations in the midst of an epoch do not count: no model was saved there."""
+    history = {}
+    for row in metrics(auto_run.out):
+        if row["split"] == "dev" and isinstance(row["epoch"], int):
+            history.setdefault(row["epoch"], {})[row["language"]] = row["accuracy"]
+    columns = {name: [scores[name] for scores in history.values()] for name in ("en", "de", "zh")}
+    columns["joint"] = [(de + zh) / 2 for de, zh in zip(columns["de"], columns["zh"])]
+    assert kept(auto_run.out) == sorted({3} | {1 + int(np.argmax(column)) for column in columns.values()})
+
+
+def test_run_json_describes_the_run(frozen_run):
+    run = json.loads((frozen_run.out / "run.json").read_text())
+    assert run["complete"] is True and run["labels"] == LABELS and run["precision"] == "float32"
+    assert run["arguments"]["layers"] == [1, 3] and run["arguments"]["freeze_epoch"] == 1
+    assert sorted(run["data"]) == ["dev.de.tsv", "dev.en.tsv", "dev.zh.tsv", "train.en.tsv"]
+    assert run["versions"]["torch"] == torch.__version__ and run["command"].startswith("python train.py")
+
+
+def test_test_files_are_never_opened(model_folder, data_folder, frozen_run, script, tmp_path):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    for path in data.glob("test.*.tsv"):
+        path.write_bytes(b"\xff\xfe not a table")
+    fine_tune(tmp_path / "run", model_folder, data, FROZEN)
+    assert_same_run(tmp_path / "run", frozen_run.out)
+    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "two", *BASE, *FROZEN.split(),
+                              "--track-test")
+    assert status == 2 and "test.en.tsv, line 1" in error
+
+
+def test_tracking_test_adds_rows_and_changes_nothing_else(model_folder, data_folder, frozen_run, tmp_path):
+    out = tmp_path / "run"
+    fine_tune(out, model_folder, data_folder, FROZEN, "--track-test")
+    rows = metrics(out)
+    assert [row["language"] for row in rows if row["split"] == "test"] == ["en", "de", "zh"] * 3
+    assert "accuracy/test/zh" in events(out).Tags()["scalars"]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["split"] != "test"))
+    assert_same_run(out, frozen_run.out)
+
+
+def test_max_rows_are_spread_evenly(model_folder, data_folder, tmp_path):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    for name, count in (("train.en", 17), ("dev.en", 5), ("dev.de", 5), ("dev.zh", 5)):
+        header, *lines = (data / f"{name}.tsv").read_text().splitlines(keepends=True)
+        (data / f"{name}.tsv").write_text(header + "".join(lines[int(i * len(lines) / count)] for i in range(count)))
+    fine_tune(tmp_path / "short", model_folder, data, "--layers 1 3")
+    fine_tune(tmp_path / "limited", model_folder, data_folder, "--layers 1 3 --max-train-rows 17 --max-eval-rows 5")
+    assert metrics(tmp_path / "limited")[-1]["step"] == 6
+    assert_same_run(tmp_path / "short", tmp_path / "limited")
+
+
+def test_layers_from_a_search(model_folder, data_folder, tmp_path):
+    (tmp_path / "best.json").write_text(json.dumps({"layers": [2, 3], "pooling": "mean", "select": "joint", "per_language": {}}))
+    fine_tune(tmp_path / "given", model_folder, data_folder, "--layers 2 3 --pooling mean --epochs 1")
+    text = fine_tune(tmp_path / "found", model_folder, data_folder, f"--layers-from {tmp_path / 'best.json'} --epochs 1")
+    assert "mean pooling of layers 2 3, the 2 above cut off" in text
+    assert_same_run(tmp_path / "given", tmp_path / "found")
+    assert json.loads((tmp_path / "found" / "epochs" / "1" / "classifier.json").read_text())["layers"] == [2, 3]
+
+
+def test_translate_train(script, model_folder, data_folder, tmp_path):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    german = "text\tlabel\n" + (data / "dev.de.tsv").read_text().split("\n", 1)[1] * 2
+    (data / "train.de.tsv").write_text(german)
+    fine_tune(tmp_path / "de", model_folder, data, "--layers 1 3 --train-language de")
+    assert "train.de.tsv" in json.loads((tmp_path / "de" / "run.json").read_text())["data"]
+    (data / "train.en.tsv").write_text(german)
+    fine_tune(tmp_path / "en", model_folder, data, "--layers 1 3")
+    assert_same_run(tmp_path / "de", tmp_path / "en")
+    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "zh", *BASE,
+                              "--layers", 1, "--train-language", "zh")
+    assert status == 2 and "train.zh.tsv does not exist; train is there in: en de" in error
+    assert not (tmp_path / "zh").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "bert without a pooler", "distilbert", "xlm-roberta"])
+def test_a_head_without_a_pretrained_pooler_says_so(family, data_folder, tmp_path):
+    if family == "bert without a pooler":
+        size = make_tokenizer(tmp_path / "model")
+        BertModel(BertConfig(vocab_size=size, hidden_size=36, num_hidden_layers=5, num_attention_heads=3, intermediate_size=52,
+                             max_position_embeddings=64), add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    else:
+        make_model(tmp_path / "model", family)
+    texts = [fine_tune(tmp_path / name, tmp_path / "model", data_folder, "--head pooler --epochs 1") for name in "ab"]
+    assert ("no pretrained pooler, it starts at random" in texts[0]) == (family in ("bert without a pooler", "distilbert"))
+    assert "cut off" not in texts[0]
+    assert_same_run(tmp_path / "a", tmp_path / "b")  # at random, but from the seed
+
+
+def test_it_learns_the_toy_task(model_folder, tmp_path):
+    data = make_data(tmp_path / "data", train=400, dev=60)
+    fine_tune(tmp_path / "run", model_folder, data, "--layers 1 2 --epochs 4 --lr 4e-3")
+    last = {row["language"]: row["accuracy"] for row in metrics(tmp_path / "run") if row["epoch"] == 4 and row["split"] == "dev"}
+    assert last["en"] > 0.8
+
+
+# --- a loss that is not finite -----------------------------------------------------------------------------------
+
+def spoil(monkeypatch, calls):
+    """The training loss is NaN from the call after `calls` on."""
+    left = [calls]
+
+    def cross_entropy(logits, labels, **named):
+        loss = F.cross_entropy(logits, labels, **named)
+        if named.get("reduction") != "sum":
+            return loss
+        left[0] -= 1
+        return loss if left[0] >= 0 else loss * torch.nan
+    monkeypatch.setattr(train, "F", SimpleNamespace(cross_entropy=cross_entropy))
+
+
+@pytest.mark.parametrize("log_steps", [1, 99])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(log_steps, script, unstopped, model_folder,
+                                                                          data_folder, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", model_folder, "--data", data_folder, "--out", out, *BASE, *SETTINGS["epoch"].split(),
+             "--log-steps", log_steps]
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, 7)
+        status, _, error = script("train", *flags)
+    assert status == 2 and f"the loss is nan at step {8 if log_steps == 1 else 9}" in error and "--lr" in error
+    assert saved_state(out)["step"] == 6 and kept(out) == [1]
+    assert script("train", *flags)[0] == 0
+    assert_same_run(out, unstopped("epoch"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(script, model_folder, data_folder, tmp_path):
+    """A gradient of NaN in step 3 under a loss that is still finite."""
+    out, steps = tmp_path / "run", iter(range(99))
+
+    def look(model, *_):
+        if next(steps) == 2:
+            model.classifier[1].bias.data[1] = torch.nan
+    with watching(look):
+        status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3,
+                                  "--save-steps", 1)
+    assert status == 2 and "a weight is not finite at step 3: lower --lr" in error
+    assert saved_state(out)["step"] == 2
+
+
+def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, tmp_path):
+    out = tmp_path / "run"
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3,
+                              "--lr", 1e30)
+    assert status == 2 and "the loss is" in error and "lower --lr (now 1e+30)" in error
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    ("--freeze-layers 1 2", "--freeze-layers K ... and --freeze-epoch N|auto need each other"),
+    ("--freeze-epoch 2", "need each other"),
+    ("--freeze-layers 1 --freeze-epoch soon", "--freeze-epoch soon: expected a number of epochs, 0 or more, or auto"),
+    ("--freeze-layers 1 --freeze-epoch -1", "--freeze-epoch"),
+    ("--head pooler --layers 1", "--head pooler reads [CLS] of the last layer: leave out --layers"),
+    ("--head pooler --pooling mean", "--head pooler"),
+    ("--head pooler --layers-from x", "--head pooler"),
+    ("--layers-from x --layers 1", "--layers-from gives the layers and the pooling: leave out --layers"),
+    ("--layers-from x --pooling cls", "--layers-from gives"),
+    ("--epochs 0", "--epochs 0: expected 1 or more"), ("--batch-size -3", "--batch-size -3: expected 1 or more"),
+    ("--accumulate 0", "--accumulate 0: expected 1 or more"), ("--eval-batch-size 0", "--eval-batch-size 0: expected 1 or more"),
+    ("--log-steps 0", "--log-steps 0: expected 1 or more"), ("--hidden -1", "--hidden -1: expected 0 or more"),
+    ("--eval-steps -1", "--eval-steps -1: expected 0 or more"), ("--save-steps -1", "--save-steps -1: expected 0 or more"),
+    ("--seed -1", "--seed -1: expected 0 or more"), ("--max-train-rows 0", "--max-train-rows 0: expected 1 or more"),
+    ("--max-eval-rows 0", "--max-eval-rows 0: expected 1 or more"), ("--dropout 1", "0 <= --dropout < 1"),
+    ("--dropout nan", "0 <= --dropout < 1"),
+    ("--lr 0", "--lr > 0"), ("--lr nan", "--lr > 0"), ("--clip 0", "--clip > 0"), ("--weight-decay -1", "--weight-decay >= 0"),
+    ("--pooling median", "invalid choice: 'median'"), ("--layers six", "invalid int value: 'six'"),
+    ("--layers-from no/such/file.json", "no/such/file.json does not exist"),
+])
+def test_bad_flags(flags, message, script, tmp_path):
+    status, _, error = script("train", "--model", "none", "--data", "none", "--out", tmp_path / "run", *flags.split())
+    assert status == 2 and message in error.replace("\n", " ") and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("best", [
+    {"layers": "6+8", "pooling": "max"}, {"layers": [], "pooling": "max"}, {"layers": [1, "2"], "pooling": "max"},
+    {"layers": [1], "pooling": "median"}, {"layers": [1]}])
+def test_a_best_json_that_is_none(best, script, model_folder, data_folder, tmp_path):
+    (tmp_path / "best.json").write_text(json.dumps(best))
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run",
+                              "--layers-from", tmp_path / "best.json")
+    assert status == 2 and "best.json" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--layers 1 6", "--layers 6: the model has layers 0 (embeddings) to 5"),
+    ("--layers -1", "--layers -1: the model has layers 0 (embeddings) to 5"),
+    ("--layers 2 2", "--layers 2 2: a layer is named twice"),
+    ("", "--layers 6: the model has layers 0 (embeddings) to 5"),
+    ("--layers 1 --max-length 32 --freeze-layers 6 --freeze-epoch 1",
+     "--freeze-layers 6: the model has layers 0 (embeddings) to 5"),
+    ("--layers 1 --max-length 32 --freeze-layers 2 2 --freeze-epoch 1", "--freeze-layers 2 2: a layer is named twice"),
+    ("--layers 1 --max-length 65", "--max-length 65: expected 3 to 64"),
+    ("--layers 1 --max-length 32 --precision fp16", "--precision fp16 needs a GPU"),
+])
+def test_flags_that_do_not_fit_the_model(flags, message, script, model_folder, data_folder, tmp_path):
+    if "fp16" in flags and torch.cuda.is_available():
+        pytest.skip("fp16 works on this machine's GPU")
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *flags.split())
+    assert status == 2 and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_automatic_freezing_needs_another_language(script, model_folder, tmp_path):
+    data = make_data(tmp_path / "data", languages=("en",))
+    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "run", *BASE, "--layers", 1,
+                              "--freeze-layers", 1, "--freeze-epoch", "auto")
+    assert status == 2 and "no dev file in another language than English, which --freeze-epoch auto needs" in error
+    fine_tune(tmp_path / "run", model_folder, data, "--layers 1 --epochs 1")  # without it, English alone will do
+    for path in Path(data).glob("dev.*"):
+        path.unlink()
+    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "two", "--max-length", 32,
+                              "--layers", 1)
+    assert status == 2 and "has no dev file" in error and "another language" not in error
