@@ -9,7 +9,6 @@ Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/
 Paper   sections 1.5 and 1.7, Table 1.
 """
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -17,59 +16,25 @@ import numpy as np
 import torch
 
 from data import encode, read_labels, read_split, read_table, split_languages, take
-from files import UserError, cli, read_json, sha256, write_atomic, write_json
-from grid_search import load_array
+from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
 from model import load_model, pick_device, pick_precision, predict
+from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
+from significance import bootstrap_difference, clusters_of, holm, mcnemar
 
-PAPER_LANGUAGES = "en zh es de ar ur".split()
-PAPER_TABLE = {  # Table 1, percent
+PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in the order of PAPER_LANGUAGES
     "BERT, Translate-Train, cased": [81.9, 76.6, 77.8, 75.9, 70.7, 61.6],
     "BERT, Zero-Shot, uncased (baseline)": [81.4, 63.8, 74.3, 70.5, 62.1, 58.3],
     "MC-BERT, Zero-Shot, uncased": [81.8, 65.3, 74.7, 70.6, 62.4, 57.8],
     "MC-BERT-WF, Zero-Shot, uncased": [82.1, 66.6, 74.4, 71.8, 64.3, 59.0],
 }
+PUBLISHED = {  # the same sets elsewhere, zero-shot
+    "mBERT cased (Conneau et al. 2020, Table 1)": [82.1, 69.3, 74.3, 71.1, 64.9, 58.0],  # chosen per language on dev
+    "XLM-R base (He et al. 2021)": [85.8, 76.7, 80.7, 78.7, 73.8, 68.3],
+    "mDeBERTa-v3 base (He et al. 2021)": [88.2, 79.5, 84.4, 82.7, 78.5, 72.4],
+}
 
 
-# --- a run and its epochs ----------------------------------------------------------------------------------------
-
-def read_run(folder):
-    """A run's description (run.json) and its epochs' dev accuracies, {epoch: {language: accuracy}}."""
-    folder = Path(folder)
-    run = read_json(folder / "run.json", "arguments", "labels", "complete", "precision")
-    history = {}
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for row in map(json.loads, lines):
-            if row["split"] == "dev" and isinstance(row["epoch"], int):
-                history.setdefault(row["epoch"], {})[row["language"]] = float(row["accuracy"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'metrics.jsonl'} cannot be read ({error!r}): has train.py finished an epoch?") from None
-    if not history:
-        raise UserError(f"{folder / 'metrics.jsonl'} holds no evaluation at the end of an epoch")
-    return run, history
-
-
-def choose_epochs(history, protocol, languages, folder):
-    """The epoch to report for each language, {language: epoch}, under a protocol: last, en, joint, oracle or a number.
-
-    Ties go to the earlier epoch. UserError for a protocol whose dev sets are not there.
-    """
-    if protocol == "last":
-        return dict.fromkeys(languages, max(history))
-    if protocol.isdecimal():
-        return dict.fromkeys(languages, int(protocol))
-
-    def best(score):
-        return max(history, key=lambda epoch: (score(history[epoch]), -epoch))
-
-    there = history[max(history)]
-    needed = {"en": ["en"], "joint": [language for language in there if language != "en"], "oracle": languages}[protocol]
-    if not needed or not set(needed) <= set(there):
-        raise UserError(f"--epoch {protocol}: {folder} was evaluated on dev in {' '.join(there)} alone")
-    if protocol == "oracle":
-        return {language: best(lambda scores: scores[language]) for language in languages}
-    return dict.fromkeys(languages, best(lambda scores: np.mean([scores[language] for language in needed])))
-
+# --- logits -----------------------------------------------------------------------------------------------------
 
 def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
     """Logits of a run on a split, {language: (rows, C)}: saved ones where they fit the data, else from the model.
@@ -92,10 +57,8 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
             with write_atomic(path, "wb") as file:
                 np.save(file, values)
             write_json(path.parent / "origins.json", {**origins, path.name: origin})
-        try:
-            logits[language] = np.array(load_array(path, (len(rows.labels), len(run["labels"]))))
-        except UserError:
-            raise UserError(f"{path} is damaged or cut short: delete it, and it is computed again") from None
+        logits[language] = np.array(load_array(path, (len(rows.labels), len(run["labels"])),
+                                               remedy="delete it, and it is computed again"))
     return logits
 
 
@@ -116,95 +79,160 @@ def load_epoch(folder, epoch, precision="auto"):
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
-def group_runs(folders, runs):
-    """Runs that differ in nothing but the seed, together: {name: [index, ...]}, in the order given."""
-    groups = {}
-    for i, run in enumerate(runs):
-        settings = {key: value for key, value in run["arguments"].items() if key != "seed"}
-        groups.setdefault(json.dumps([settings, run["labels"]], sort_keys=True), []).append(i)
-    named = {}
-    for members in groups.values():
-        name = Path(folders[members[0]]).name
-        name = re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", name) or name if len(members) > 1 else name
-        while name in named:
-            name += "'"
-        named[name] = members
-    return named
-
-
 def is_xnli(data):
     """Whether a data set folder was made from the XNLI archives."""
     path = Path(data) / "sources.json"
     return path.exists() and any("XNLI" in str(source) for source in read_json(path).values())
 
 
-def table(header, rows):
-    """A Markdown table whose columns are aligned in plain text too."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
-             for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
+    """One run on a split: what results.json says of it, and whether it is right on each row, {language: (N,) bool}.
+
+    truth: {language: (N,) classes}. A run that was trained on another language than English counts in that one alone.
+    """
+    run, history = read_run(folder)
+    trained = run["arguments"].get("train_language", "en")
+    languages = list(truth) if trained == "en" else [trained] if trained in truth else []
+    protocols = {}
+    for name in dict.fromkeys([protocol, "last", "en", "joint", "oracle"]):
+        try:
+            epochs = choose_epochs(history, name, languages, folder)
+            logits = run_logits(folder, run, epochs, data, split, max_rows, batch_size)
+        except UserError:
+            if name == protocol:
+                raise
+            continue  # that protocol's dev sets or epochs are not there
+        right = {language: values.argmax(1) == truth[language] for language, values in logits.items()}
+        protocols[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
+        if name == protocol:
+            shown = right
+    return {"run": str(folder), "seed": run["arguments"].get("seed"), "train_language": trained, **protocols[protocol],
+            "protocols": protocols}, shown
 
 
-def report(results, languages, paper):
-    """results.json's content as Markdown, in percent."""
-    def row(name, scores, spread=None):
-        values = [scores.get(language) for language in languages]
-        shown = ["" if v is None else f"{100 * v:.1f}" + (f" ±{100 * spread[l]:.1f}" if spread else "") for l, v in zip(languages, values)]
-        there = [v for v in values if v is not None]
-        return [name, *shown, f"{100 * np.mean(there):.1f}"]
-
-    rows = []
-    if paper:
-        rows += [row(f"paper: {name}", dict(zip(PAPER_LANGUAGES, np.array(values) / 100))) for name, values in PAPER_TABLE.items()]
-    for system in results["systems"]:
-        several = len(system["runs"]) > 1
-        rows.append(row(system["name"] + f" ({len(system['runs'])} seeds)" * several, system["mean"], system["std"] if several else None))
-    text = f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; epoch: {results['epoch']}"
-    text += "; ± is the standard deviation over seeds" * any(len(system["runs"]) > 1 for system in results["systems"])
-    text += f"; {min(results['rows'].values()):,} rows a language.\n\n" + table(["system", *languages, "mean"], rows) + "\n"
-    return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
+def average(dicts):
+    """Mean and standard deviation (n - 1) by language over runs' {language: accuracy}, each over the runs that have it."""
+    values = {}
+    for scores in dicts:
+        for language, accuracy in scores.items():
+            values.setdefault(language, []).append(accuracy)
+    return ({language: float(np.mean(v)) for language, v in values.items()},
+            {language: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for language, v in values.items()})
 
 
-def paper_order(languages):
-    """Languages in the order of the paper's Table 1, the others after them."""
-    return sorted(languages, key=lambda l: (PAPER_LANGUAGES.index(l) if l in PAPER_LANGUAGES else len(PAPER_LANGUAGES), l))
+def difference(right, baseline, clusters, resamples):
+    """A system against another on the same rows: {language: difference, interval, p-values}.
+
+    right, baseline: lists of each run's {language: (N,) bool}. `others` is the mean over the non-English languages; the
+    Holm correction is over the languages, not over it.
+    """
+    shared = [l for l in right[0] if l in baseline[0]] if len(right) and len(baseline) else []
+    if not shared:
+        return {}
+
+    def mean(runs, language):
+        return np.mean([run[language] for run in runs if language in run], axis=0)
+
+    columns = {language: mean(right, language) - mean(baseline, language) for language in shared}
+    others = [column for language, column in columns.items() if language != "en"]
+    if len(others) > 1:
+        columns["others"] = np.mean(others, axis=0)
+    found = bootstrap_difference(np.stack(list(columns.values()), axis=1), clusters, resamples)
+    rows = {language: dict(zip(("difference", "low", "high", "p"), map(float, values)))
+            for language, values in zip(columns, zip(*found))}
+    for language, p in zip(shared, holm([rows[language]["p"] for language in shared])):
+        rows[language]["p_holm"] = float(p)
+        if len(right) == len(baseline) == 1:
+            rows[language]["p_mcnemar"] = mcnemar(right[0][language], baseline[0][language])
+    return rows
 
 
-def compare(folders, data, split, protocol, max_rows, batch_size):
+def compare(folders, data, split, protocol, baseline, max_rows, batch_size, resamples):
     """Evaluate runs on a split: the content of results.json, with accuracies as fractions."""
     labels = read_labels(data)
     languages = paper_order(split_languages(data, split))
     if not languages:
         raise UserError(f"{data} has no {split} file")
-    truth = {language: np.array(take(read_split(data, split, language, labels), max_rows).labels) for language in languages}
-    runs, warnings, scores = [], [], []
-    for folder in folders:
-        run, history = read_run(folder)
+    rows = {language: take(read_split(data, split, language, labels), max_rows) for language in languages}
+    truth = {language: np.array(row.labels) for language, row in rows.items()}
+    runs, histories = zip(*map(read_run, folders))
+    for folder, run in zip(folders, runs):
         if run["labels"] != labels:
             raise UserError(f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
                             f"{data}/labels.txt says {' '.join(labels[:6])}")
-        if not run["complete"]:
-            warnings.append(f"{folder} is not finished: its last epoch so far is {max(history)}")
-        epochs = choose_epochs(history, protocol, languages, folder)
-        logits = run_logits(folder, run, epochs, data, split, max_rows, batch_size)
-        accuracy = {l: float((logits[l].argmax(1) == truth[l]).mean()) for l in languages}
-        for language in languages:
+    groups = group_runs(folders, runs)
+    baseline = next(iter(groups)) if baseline is None else baseline
+    if baseline not in groups:
+        raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
+    scores, right = zip(*(evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size) for folder in folders))
+    warnings = [f"{folder} is not finished: its last epoch so far is {max(history)}"
+                for folder, run, history in zip(folders, runs, histories) if not run["complete"]]
+    for score in scores:
+        for language, accuracy in score["accuracy"].items():
             chance = np.bincount(truth[language]).max() / len(truth[language])
-            if accuracy[language] < chance + 0.02:
-                warnings.append(f"{folder} has {100 * accuracy[language]:.1f} in {language}, within 2 points of chance "
+            if accuracy < chance + 0.02:
+                warnings.append(f"{score['run']} has {100 * accuracy:.1f} in {language}, within 2 points of chance "
                                 f"({100 * chance:.1f}, the largest class): it learned nothing that carries over")
-        runs.append(run)
-        scores.append({"run": str(folder), "seed": run["arguments"].get("seed"), "epochs": epochs, "accuracy": accuracy})
+    first = rows["en" if "en" in rows else languages[0]]
+    clusters, _ = clusters_of(first.text_a if first.text_b else range(len(first.labels)))
     systems = []
-    for name, members in group_runs(folders, runs).items():
-        values = {l: np.array([scores[i]["accuracy"][l] for i in members]) for l in languages}
-        systems.append({"name": name, "runs": [scores[i] for i in members],
-                        "mean": {l: float(v.mean()) for l, v in values.items()},
-                        "std": {l: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for l, v in values.items()}})
+    for name, members in groups.items():
+        mean, std = average(scores[i]["accuracy"] for i in members)
+        system = {"name": name, "runs": [scores[i] for i in members], "mean": mean, "std": std,
+                  "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
+                                for p in scores[members[0]]["protocols"] if all(p in scores[i]["protocols"] for i in members)}}
+        if name != baseline:
+            system["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]], clusters, resamples)
+        systems.append(system)
     return {"data": str(data), "split": split, "epoch": protocol, "rows": {l: len(t) for l, t in truth.items()},
-            "systems": systems, "warnings": warnings}
+            "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
+
+
+def report(results):
+    """results.json's content as Markdown, in percent."""
+    languages = list(results["rows"])
+    compared = [l for l in languages if l in PAPER_LANGUAGES or "paper" not in results]
+
+    def row(name, scores, spread=None):
+        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * spread[l]:.1f}" if spread else "") if l in scores else "" for l in languages]
+        whole = set(compared) <= set(scores)
+        return [name, *shown, f"{100 * np.mean([scores[l] for l in compared]):.1f}" if whole else ""]
+
+    def mean_of(scores, wanted):
+        there = [value for language, value in scores.items() if wanted(language)]
+        return f"{100 * np.mean(there):.1f}" if there else ""
+
+    rows = [row(f"{source}: {name}", results[source][name]) for source in ("paper", "published") for name in results.get(source, {})]
+    for system in results["systems"]:
+        seeds = len({run["seed"] for run in system["runs"]})
+        rows.append(row(system["name"] + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
+    mean = "mean" if compared == languages else f"mean of {' '.join(compared)}"
+    text = f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; epoch: {results['epoch']}"
+    text += "; ± is the standard deviation over seeds" * any(len({run["seed"] for run in system["runs"]}) > 1 for system in results["systems"])
+    text += f"; {min(results['rows'].values()):,} rows a language.\n\n" + markdown_table(["system", *languages, mean], rows) + "\n"
+    names = list(dict.fromkeys(p for system in results["systems"] for p in system["protocols"]))
+    text += ("\nThe same runs at the epoch that each protocol chooses, English / mean of the other languages. `en`: best on English dev, "
+             "true zero-shot;\n`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev.\n\n")
+    text += markdown_table(["system", *names], [[system["name"], *(
+        f"{mean_of(system['protocols'].get(p, {}), lambda l: l == 'en')} / {mean_of(system['protocols'].get(p, {}), lambda l: l != 'en')}"
+        for p in names)] for system in results["systems"]]) + "\n"
+    compared_systems = [system for system in results["systems"] if system.get("difference")]
+    if compared_systems:
+        columns = [l for l in [*languages, "others"] if any(l in system["difference"] for system in compared_systems)]
+        text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the rows, clustered by "
+                 f"premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction over the languages; `others`: "
+                 "mean of the non-English languages, not corrected.\n\n")
+        text += markdown_table(["system", *columns], [[system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
+                                                      for system in compared_systems]) + "\n"
+    return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
+
+
+def shown_difference(entry):
+    """One cell of the table of differences: points, interval, a star when it is significant."""
+    if entry is None:
+        return ""
+    return (f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+            + "*" * (entry.get("p_holm", entry["p"]) < 0.05))
 
 
 # --- a user's own text -------------------------------------------------------------------------------------------
@@ -241,6 +269,8 @@ def parse_args(argv):
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
     group.add_argument("--out", help="folder for results.json and results.md")
     group.add_argument("--max-rows", type=int, metavar="N", help="evaluate on N rows of each file, spread evenly (default: all)")
+    group.add_argument("--baseline", metavar="NAME", help="system to compare the others with (default: the first run's)")
+    group.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default: 10000)")
     group = parser.add_argument_group("your own text, with one run")
     group.add_argument("--input", metavar="TSV", help="file with a header text or text_a, text_b, and label where it is known")
     group.add_argument("--predictions", metavar="TSV", help="file to write: the input with predictions and probabilities")
@@ -251,7 +281,7 @@ def parse_args(argv):
         parser.error("give --data and --out for a table, or --input and --predictions for your own text")
     if args.input is not None and (args.predictions is None or len(args.runs) > 1 or args.epoch == "oracle"):
         parser.error("--input needs --predictions, exactly one run, and another --epoch than oracle")
-    for name in ("batch_size", "max_rows"):
+    for name in ("batch_size", "max_rows", "resamples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     return args
@@ -262,11 +292,11 @@ def main(argv=None):
     if args.input is not None:
         label_input(args.runs[0], args.epoch, args.input, args.predictions, args.batch_size)
         return 0
-    results = compare(args.runs, args.data, args.split, args.epoch, args.max_rows, args.batch_size)
-    paper = is_xnli(args.data)
-    if paper:
-        results["paper"] = {name: dict(zip(PAPER_LANGUAGES, (round(v / 100, 3) for v in values))) for name, values in PAPER_TABLE.items()}
-    text = report(results, list(results["rows"]), paper)
+    results = compare(args.runs, args.data, args.split, args.epoch, args.baseline, args.max_rows, args.batch_size, args.resamples)
+    if is_xnli(args.data):
+        for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
+            results[key] = {name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)} for name, values in table.items()}
+    text = report(results)
     write_json(Path(args.out) / "results.json", results)
     with write_atomic(Path(args.out) / "results.md") as file:
         file.write(text)

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 
 class UserError(Exception):
     """Something the user can put right: one sentence with file, line, value and what was expected."""
@@ -131,6 +133,20 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
 def finish_folder(folder, name):
     """Note in folder/name that the job of start_folder() is complete."""
     write_json(Path(folder) / name, {**read_json(Path(folder) / name), "complete": True})
+
+
+def load_array(path, shape, kind="f", remedy="run extract.py again"):
+    """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): {remedy}") from None
+    if array.shape != shape or array.dtype.kind != kind:
+        raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} "
+                        f"of {'integers' if kind == 'i' else 'floats'}: {remedy}")
+    return array
 
 
 def markdown_table(header, rows):

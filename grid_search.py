@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import UserError, claim, cli, finish_folder, read_json, sha256, start_folder, write_atomic
+from files import UserError, claim, cli, finish_folder, load_array, read_json, sha256, start_folder, write_atomic
 from model import POOLINGS, check_layers, pick_device, pick_precision, versions
 from ranking import Results, columns_of, write_grid
 
@@ -151,20 +151,6 @@ def confusion_matrices(weights, rest, features, labels, classes, chunk=512):
 
 
 # --- files -------------------------------------------------------------------------------------------------------
-
-def load_array(path, shape, kind="f"):
-    """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run extract.py again") from None
-    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): run extract.py again") from None
-    if array.shape != shape or array.dtype.kind != kind:
-        raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, the manifest says {shape} "
-                        f"of {'integers' if kind == 'i' else 'floats'}: run extract.py again")
-    return array
-
 
 def load_features(folder, manifest, stem, pooling, layers, dtype, device):
     """The chosen layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""

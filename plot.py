@@ -10,7 +10,6 @@ Paper   Figure 5; conclusions 1 and 3 to 6.
 """
 import argparse
 import csv
-import json
 import math
 import os
 from pathlib import Path
@@ -22,8 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from evaluate import group_runs, paper_order
 from files import UserError, cli, read_json
+from runs import group_runs, paper_order, read_metrics
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
 MARKERS, LINES = "osD^vP*X", ["-", "--", "-.", ":"]
@@ -156,16 +155,6 @@ def plot_confusion(folder, out):
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------
 
-def read_metrics(folder):
-    """metrics.jsonl's rows. UserError when it cannot be read."""
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{**row, "accuracy": 100 * row["accuracy"], "epoch": float(row["epoch"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r})") from None
-
-
 def plot_training(folders, split, out):
     runs = [read_json(Path(folder) / "run.json", "arguments", "labels") for folder in folders]
     metrics = [read_metrics(folder) for folder in folders]
@@ -189,7 +178,7 @@ def plot_training(folders, split, out):
                     wanted = row["split"] == "train" if panel == "train" else row["split"] == split and (
                         row["language"] == panel or panel == "mean of non-English" and row["language"] != "en")
                     if wanted:
-                        by_epoch.setdefault(row["epoch"], []).append(row["accuracy"])
+                        by_epoch.setdefault(row["epoch"], []).append(100 * row["accuracy"])
                 curves.append({epoch: np.mean(values) for epoch, values in by_epoch.items()})
             epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
