@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import collate, encode, fingerprint, read_labels, read_split, split_languages, take, train_batches
 from files import UserError, claim, cli, finish_folder, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, load_encoder,
+from model import (POOLINGS, Classifier, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, layer_module, load_encoder,
                    load_tokenizer, model_identity, pick_device, pick_precision, predict, save_model, start_processes,
                    to_device, token_limit, versions, wait_for_all)
 
@@ -73,7 +73,7 @@ def train_step(wrapped, optimizer, rate, scaler, batches, rows, dtype, clip, wor
         loss_sum += loss.detach()
         right += (logits.argmax(1) == batch["labels"]).sum()
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), clip)
     scaler.step(optimizer)
@@ -125,7 +125,8 @@ class State:
     What is random in a step depends on (seed, step, process) alone and needs no saving.
     """
 
-    def __init__(self, model, weight_decay, dtype):
+    def __init__(self, model, weight_decay, dtype, freeze_lr=0.0):
+        self.freeze_lr = freeze_lr
         self.model, self.optimizer = model, make_optimizer(model, weight_decay)
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -134,11 +135,23 @@ class State:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
 
     def freeze(self, layers):
-        """Freeze these layers now: their weights cannot move any more, and the optimizer forgets them."""
-        for parameter in freeze_layers(self.model.encoder, layers):
-            self.optimizer.state.pop(parameter, None)
-        for group in self.optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        """Freeze these layers now: their weights cannot move any more, and the optimizer forgets them.
+
+        The control of --freeze-lr: they go on instead, at that factor times the others' learning rate.
+        """
+        if self.freeze_lr:
+            slow = {id(p) for layer in layers if layer <= len(blocks(self.model.encoder))
+                    for p in layer_module(self.model.encoder, layer).parameters()}
+            for group in list(self.optimizer.param_groups):
+                chosen = [p for p in group["params"] if id(p) in slow]
+                group["params"] = [p for p in group["params"] if id(p) not in slow]
+                if chosen:
+                    self.optimizer.add_param_group({**group, "params": chosen, "scale": self.freeze_lr})
+        else:
+            for parameter in freeze_layers(self.model.encoder, layers):
+                self.optimizer.state.pop(parameter, None)
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         self.frozen = sorted(layers)
 
     def save(self, folder):
@@ -166,7 +179,7 @@ class State:
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
-def build(name, labels, head, layers, pooling, dropout, hidden, seed):
+def build(name, labels, head, layers, pooling, dropout, encoder_dropout, hidden, seed):
     """The model to train, its tokenizer, how many blocks the encoder had, and a line on where its parts come from."""
     tokenizer = load_tokenizer(name)
     torch.manual_seed(seed)  # the first weights of whatever the file does not hold
@@ -181,6 +194,9 @@ def build(name, labels, head, layers, pooling, dropout, hidden, seed):
         cut_after(encoder, max(layers))
         cut = f", the {count - max(layers)} above cut off" if max(layers) < count else ""
         note = f"{pooling} pooling of layers {' '.join(map(str, layers))}{cut}"
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout) and encoder_dropout is not None:
+            module.p = encoder_dropout
     torch.manual_seed(seed)
     return Classifier(encoder, labels, head, layers, pooling, dropout, hidden), tokenizer, count, note
 
@@ -215,7 +231,7 @@ def record(state, scores, epoch, rate, speed, out, writer):
     for (split, language), (accuracy, loss) in scores.items():
         state.metrics.append({
             "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4), "step": state.step, "split": split,
-            "language": language, "accuracy": accuracy, "loss": loss, "lr": rate, "frozen_layers": state.frozen,
+            "language": language, "accuracy": accuracy, "loss": loss, "lr": rate, "frozen_layers": state.frozen if not state.freeze_lr else [],
             "examples_per_second": round(speed, 1)})
         if split != "train":
             writer.add_scalar(f"accuracy/{split}/{language}", accuracy, state.step)
@@ -245,13 +261,19 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     per_epoch = -(-len(train_set.labels) // batch_size)
     bar = tqdm(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
     since, clock = state.step, time.perf_counter()
+
+    def freeze_now(why):
+        nonlocal wrapped
+        state.freeze(freeze_layers)
+        wrapped = wrap(model, world)
+        if rank == 0:
+            tqdm.write(f"{why}: layers {' '.join(map(str, freeze_layers))} are {'slowed down' if state.freeze_lr else 'frozen'} "
+                       f"from here on, {trainable(model):,} parameters to train")
+
     for epoch in range(state.step // per_epoch, epochs):
         for rows in train_batches(train_set.lengths, batch_size, seed, epoch)[state.step - epoch * per_epoch:]:
             if freeze_epoch == epoch and not state.frozen:
-                state.freeze(freeze_layers)
-                wrapped = wrap(model, world)
-                tqdm.write(f"{epoch} epochs done: layers {' '.join(map(str, freeze_layers))} are frozen from here on, "
-                           f"{trainable(model):,} parameters to train")
+                freeze_now(f"{epoch} epochs done")
             rate = learning_rate(state.step, epochs * per_epoch, lr, schedule)
             torch.manual_seed((seed * 1_000_003 + state.step) * 1024 + rank)  # dropout's numbers
             batches = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
@@ -283,10 +305,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
                 if rank == 0:
                     record(state, scores, state.step / per_epoch, rate, speed, out, writer)
                 if freeze_epoch == "auto" and not state.frozen and dev["joint"] < state.best_joint:
-                    state.freeze(freeze_layers)
-                    wrapped = wrap(model, world)
-                    tqdm.write(f"mean non-English dev accuracy fell below {100 * state.best_joint:.1f}: layers "
-                               f"{' '.join(map(str, freeze_layers))} are frozen from here on, {trainable(model):,} parameters to train")
+                    freeze_now(f"mean non-English dev accuracy fell below {100 * state.best_joint:.1f}")
                 state.best_joint = max(state.best_joint, dev.get("joint", -1.0))
                 state.totals.zero_()
             if ends:
@@ -327,6 +346,7 @@ def parse_args(argv):
     group.add_argument("--pooling", choices=POOLINGS, help="over the tokens (default: max)")
     group.add_argument("--layers-from", metavar="FILE", help="take --layers and --pooling from the best.json of grid_search.py")
     group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
+    group.add_argument("--encoder-dropout", type=float, metavar="P", help="inside the encoder (default: what its configuration says)")
     group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer in the classifier (default: 0: none)")
     group = parser.add_argument_group("freezing on the go")
     group.add_argument("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
@@ -335,6 +355,8 @@ def parse_args(argv):
                        help="freeze once N epochs are done (the paper: 2; 0: from the start), or at the first evaluation whose "
                             "mean accuracy on the non-English dev sets falls below the best so far (auto: that looks at labels "
                             "in the target languages, so it is the joint protocol, not zero-shot)")
+    group.add_argument("--freeze-lr", type=float, default=0.0, metavar="F",
+                       help="a control: instead of freezing, go on with those layers at F times the learning rate (default: 0: freeze)")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=5, help="passes over the train rows (default: 5)")
     group.add_argument("--lr", type=float, default=2e-5, help="Adam's highest learning rate (default: 2e-5)")
@@ -352,6 +374,7 @@ def parse_args(argv):
     group = parser.add_argument_group("evaluating and saving")
     group.add_argument("--eval-steps", type=int, default=0, metavar="N", help="evaluate every N steps too, not only each epoch")
     group.add_argument("--save-steps", type=int, default=0, metavar="N", help="save the state every N steps too (default: each epoch)")
+    group.add_argument("--keep-epochs", type=int, nargs="+", default=[], metavar="K", help="keep the models after these epochs too")
     group.add_argument("--log-steps", type=int, default=50, metavar="N", help="log train loss every N steps (default: 50)")
     group.add_argument("--eval-batch-size", type=int, default=64, help="rows at once in evaluation (default: 64)")
     args = parser.parse_args(argv)
@@ -369,8 +392,13 @@ def parse_args(argv):
                          ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1), ("max_eval_rows", 1)):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
-    if not 0 <= args.dropout < 1 or not args.lr > 0 or not args.clip > 0 or not args.weight_decay >= 0:
-        parser.error("expected 0 <= --dropout < 1, --lr > 0, --clip > 0 and --weight-decay >= 0")
+    if args.freeze_lr and not args.freeze_layers or not 0 <= args.freeze_lr < 1:
+        parser.error(f"--freeze-lr {args.freeze_lr}: expected a factor from 0 to 1, with --freeze-layers and --freeze-epoch")
+    for name, fits, allowed in (("dropout", lambda v: 0 <= v < 1, "0 <= --dropout < 1"), ("lr", lambda v: v > 0, "--lr > 0"),
+                                ("encoder_dropout", lambda v: 0 <= v < 1, "0 <= --encoder-dropout < 1"),
+                                ("clip", lambda v: v > 0, "--clip > 0"), ("weight_decay", lambda v: v >= 0, "--weight-decay >= 0")):
+        if getattr(args, name) is not None and not fits(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {allowed}")
     if args.layers_from:
         best = read_json(args.layers_from, "layers", "pooling")
         args.layers, args.pooling = best["layers"], best["pooling"]
@@ -387,8 +415,8 @@ def main(argv=None):
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
     dtype = pick_precision(args.precision, device)
     labels = read_labels(args.data)
-    model, tokenizer, count, note = build(args.model, labels, args.head, args.layers, args.pooling, args.dropout, args.hidden,
-                                          args.seed)
+    model, tokenizer, count, note = build(args.model, labels, args.head, args.layers, args.pooling, args.dropout,
+                                          args.encoder_dropout, args.hidden, args.seed)
     token_limit(model.encoder, args.max_length)
     check_layers(args.freeze_layers, count, "--freeze-layers")
     sets = [("dev", language) for language in split_languages(args.data, "dev")]
@@ -407,7 +435,7 @@ def main(argv=None):
             print(f"{out} is complete already: nothing to do")
             return 0
         wait_for_all()
-        state = State(model.to(device), args.weight_decay, dtype)
+        state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if rank == 0:
             describe(model, count, args.freeze_layers, note, dtype, world)
         state.load(out)
@@ -420,7 +448,7 @@ def main(argv=None):
         def keep(epoch, wanted):
             save_model(model, tokenizer, out / "epochs" / str(epoch))
             for path in (out / "epochs").iterdir():
-                if path.name not in map(str, wanted):
+                if path.name not in map(str, {*wanted, *args.keep_epochs}):
                     shutil.rmtree(path)
 
         names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size eval_steps "

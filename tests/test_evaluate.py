@@ -14,19 +14,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import evaluate
 import train
-from conftest import make_data, toy_rows
+from conftest import toy_rows
 
 LABELS = ["refund", "agent", "delivery", "cancel"]
 LANGUAGES = ["en", "zh", "de"]  # the paper's order
 ROWS = 17
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,6 @@ FROZEN = "--layers 1 3 --freeze-layers 5 2 0 --freeze-epoch 1 --weight-decay 0.1
 LABELS = ["refund", "agent", "delivery", "cancel"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def still_model(tmp_path_factory):
     """An encoder without dropout."""
@@ -836,3 +828,56 @@ def test_automatic_freezing_needs_another_language(script, model_folder, tmp_pat
     status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "two", "--max-length", 32,
                               "--layers", 1)
     assert status == 2 and "has no dev file" in error and "another language" not in error
+
+
+# --- controls ----------------------------------------------------------------------------------------------------
+
+def test_slowing_down_instead_of_freezing_moves_those_layers_at_a_factor(still_model, data_folder, tmp_path):
+    """After epoch 1 layer 2 goes on at a tenth of the learning rate: Adam's first steps show the factor."""
+    moved = {}
+    for factor in (0.0, 0.1, 0.5):
+        out = tmp_path / str(factor)
+        train.main([*BASE, "--model", still_model, "--data", data_folder, "--out", str(out), "--layers", "3", "--freeze-layers", "2",
+                    "--freeze-epoch", "1", "--freeze-lr", str(factor), "--schedule", "constant", "--keep-epochs", "1", "2"])
+        before, after = (load_file(out / "epochs" / epoch / "model.safetensors") for epoch in ("1", "2"))
+        for layer in (1, 2):
+            name = f"encoder.layer.{layer - 1}.output.dense.weight"
+            moved[factor, layer] = (after[name] - before[name]).abs().mean().item()
+        frozen = [row["frozen_layers"] for row in map(json.loads, open(out / "metrics.jsonl"))]
+        assert ([2] in frozen) == (factor == 0)
+    assert moved[0.0, 2] == 0 and moved[0.1, 2] > 0
+    assert moved[0.5, 2] / moved[0.1, 2] == pytest.approx(5, rel=0.2)
+    assert moved[0.1, 1] == pytest.approx(moved[0.0, 1], rel=0.2)
+
+
+def test_slowed_down_runs_go_on_exactly(still_model, data_folder, tmp_path, monkeypatch):
+    flags = [*BASE, "--model", still_model, "--data", data_folder, "--layers", "1", "3", "--freeze-layers", "2", "0",
+             "--freeze-epoch", "1", "--freeze-lr", "0.2", "--save-steps", "2", "--out"]
+    train.main([*flags, str(tmp_path / "whole")])
+    step, calls = train.train_step, iter(range(100))
+
+    def stopping(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, str(tmp_path / "stopped")])
+    train.main([*flags, str(tmp_path / "stopped")])
+    whole, stopped = (load_file(tmp_path / name / "epochs/3/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder):
+    model, *_ = train.build(model_folder, LABELS, "layers", [3], "max", 0.3, 0.0, 0, 0)
+    rates = [module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates and set(rates) == {0.0} and model.classifier[0].p == 0.3
+    model, *_ = train.build(model_folder, LABELS, "layers", [3], "max", 0.3, None, 0, 0)
+    assert {module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
+@pytest.mark.parametrize("flags", [["--freeze-lr", "0.1"], ["--freeze-layers", "1", "--freeze-epoch", "1", "--freeze-lr", "1.5"]])
+def test_a_bad_freeze_lr_is_refused(flags, model_folder, data_folder, tmp_path, script):
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *flags)
+    assert status == 2 and "--freeze-lr" in error and "expected a factor from 0 to 1" in error
