@@ -1,0 +1,115 @@
+"""plot.py: what is drawn is what the files say."""
+import json
+import struct
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import plot
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures as they are saved, kept open: {name: figure}."""
+    kept, close = {}, plt.close
+    save = plot.save
+
+    def keeping(figure, out, name):
+        kept[name] = figure
+        save(figure, out, name)
+
+    monkeypatch.setattr(plot, "save", keeping)
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    yield kept
+    close("all")
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A grid folder with two poolings of layers 3, 7 and both, two seeds, and known scores."""
+    lines = ["pooling,layers,hidden,seed,dev_en,test_en,test_de,test_zh"]
+    for p, pooling in enumerate(("max", "cls")):
+        for m, layers in enumerate(("3", "7", "3+7")):
+            for seed in range(2):
+                lines.append(f"{pooling},{layers},0,{seed},0.9,0.9,{0.5 + 0.1 * m - 0.05 * p + 0.01 * seed},{0.3 + 0.1 * m}")
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    (folder / "confusion.de.csv").write_text("true \\ predicted,a,b\na,3,1\nb,0,4\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two systems, one of two seeds that froze after epoch 1."""
+    folders = []
+    for name, seed, frozen in (("base", 0, []), ("wf-seed0", 0, [9]), ("wf-seed1", 1, [9])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"arguments": {"seed": seed, "freeze_layers": frozen}, "labels": ["a", "b"]}))
+        rows = [{"epoch": epoch, "split": split, "language": language, "accuracy": 0.1 * epoch + 0.02 * seed, "frozen_layers":
+                 frozen if epoch > 1 else []} for epoch in (1, 2, 3) for split, language in
+                (("train", ""), ("dev", "en"), ("dev", "zh"), ("dev", "de"))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        folders.append(folder)
+    return folders
+
+
+def test_the_search_is_drawn_as_the_results_say(grid, tmp_path, script, figures):
+    status, out, _ = script("plot", "grid", grid, "--out", tmp_path / "figures")
+    names = ["search-ranking", "search-layers", "search-single", "search-worth"]
+    assert status == 0 and list(figures) == names and [line.split("/")[-1] for line in out.split()] == [f"{n}.png" for n in names]
+    curve, top = figures["search-ranking"].axes
+    best = curve.lines[0].get_ydata()  # max pooling, best combination first
+    np.testing.assert_allclose(best, [100 * np.mean([0.705, 0.5]), 100 * np.mean([0.605, 0.4]), 100 * np.mean([0.505, 0.3])])
+    assert [label.get_text() for label in top.get_yticklabels()][:2] == ["3+7  max", "3+7  cls"]
+    heat = figures["search-layers"].axes[0].images[0].get_array()
+    np.testing.assert_allclose(heat, [[40.25, 50.25], [37.75, 47.75]])
+    worth = figures["search-worth"].axes[0].patches[0].get_height()  # layer 3 under max: {3, 3+7} against {7}
+    assert worth == pytest.approx((40.25 + 60.25) / 2 - 50.25)
+
+
+@pytest.mark.parametrize("name, inches", [("search-ranking", 3.4), ("search-single", 7.0)])
+def test_figures_are_as_wide_as_a_column_or_a_page(grid, tmp_path, script, name, inches):
+    script("plot", "grid", grid, "--out", tmp_path)
+    header = (tmp_path / f"{name}.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", header[16:20])[0] == round(300 * inches)
+    assert not list(tmp_path.glob(".*.png"))
+
+
+def test_training_curves_means_bands_and_the_freezing_moment(runs, tmp_path, script, figures):
+    assert script("plot", "training", *runs, "--out", tmp_path / "figures")[0] == 0
+    figure = figures["training-dev"]
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert list(panels) == ["en", "zh", "de", "mean of non-English", "train"]
+    base, wf, frozen = panels["zh"].lines
+    np.testing.assert_allclose(base.get_ydata(), [10, 20, 30])
+    np.testing.assert_allclose(wf.get_ydata(), [11, 21, 31])  # the mean of two seeds
+    assert list(frozen.get_xdata()) == [1, 1]                 # frozen after epoch 1
+    band = panels["zh"].collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(10) and band[:, 1].max() == pytest.approx(32)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "wf"]
+
+
+def test_confusion_shows_shares_of_the_true_class(grid, tmp_path, script, figures):
+    assert script("plot", "confusion", grid, "--out", tmp_path)[0] == 0
+    axis = figures["confusion"].axes[0]
+    np.testing.assert_allclose(axis.images[0].get_array(), [[75, 25], [0, 100]])
+    assert axis.get_title() == "de  (micro-F1 87.5)"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["grid", "."], "results.csv cannot be read as the results of grid_search.py"),
+    (["confusion", "."], "holds no confusion.LANG.csv: run grid_search.py"),
+    (["training", "."], "run.json does not exist"),
+])
+def test_missing_files_are_one_sentence(arguments, message, tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = script("plot", *arguments, "--out", "figures")
+    assert status == 2 and message in error and "Traceback" not in error
+
+
+def test_test_curves_need_track_test(runs, tmp_path, script):
+    status, _, error = script("plot", "training", *runs, "--out", tmp_path, "--split", "test")
+    assert status == 2 and "no run was evaluated on test (train.py --track-test)" in error
