@@ -3,9 +3,11 @@
     python plot.py grid      grid/massive --out figures        # search-ranking, search-layers, search-single, search-worth
     python plot.py training  runs/*       --out figures        # training-dev (and training-test with --split test)
     python plot.py confusion grid/massive --out figures        # confusion
+    python plot.py differences results/xnli --out figures      # differences
 
-Reads   GRID/results.csv, GRID/best.json, GRID/confusion.*.csv; RUN/metrics.jsonl and RUN/run.json.
+Reads   GRID/results.csv, GRID/confusion.*.csv; RUN/metrics.jsonl and RUN/run.json; RESULTS/results.json of evaluate.py.
 Writes  OUT/NAME.png, 300 dots an inch, as wide as a column or a page of a paper; colours that colour-blind readers can tell.
+        With --tensorboard DIR the figures go there too.
 Paper   Figure 5; conclusions 1 and 3 to 6.
 """
 import argparse
@@ -31,13 +33,17 @@ plt.rcParams.update({"font.size": 7.5, "axes.spines.top": False, "axes.spines.ri
                      "axes.titlesize": 8, "figure.constrained_layout.use": True, "savefig.dpi": 300, "lines.linewidth": 1.1})
 
 
-def save(figure, out, name):
-    """Write a figure beside its place, move it there whole, and say so."""
+def save(figure, out, name, tensorboard=None):
+    """Write a figure beside its place, move it there whole, and say so; and into TensorBoard where a folder is given."""
     path = Path(out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
     figure.savefig(beside, format="png")
     os.replace(beside, path)
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
+        with SummaryWriter(tensorboard) as writer:
+            writer.add_figure(name, figure, close=False)
     plt.close(figure)
     print(path)
 
@@ -66,7 +72,7 @@ def foreign(entry, split):
     return np.mean([scores for column, scores in entry.items() if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
 
 
-def plot_grid(folder, out):
+def plot_grid(folder, save):
     grid, columns = read_grid(folder)
     split = "test" if any(c.startswith("test_") and c != "test_en" for c in columns) else "dev"
     poolings = list(dict.fromkeys(pooling for pooling, _ in grid))
@@ -90,7 +96,7 @@ def plot_grid(folder, out):
     top.set(yticks=range(len(best)), yticklabels=[f"{'+'.join(map(str, combination))}  {pooling}" for pooling, combination in best], xlabel="the same (%)",
             title="The best 15 (bars: seeds)")
     top.invert_yaxis()
-    save(figure, out, "search-ranking")
+    save(figure, "search-ranking")
 
     single = np.array([[score[pooling, (layer,)].mean() for layer in layers] for pooling in poolings])
     figure, axis = plt.subplots(figsize=(COLUMN, 1.5))
@@ -101,7 +107,7 @@ def plot_grid(folder, out):
     axis.set(xticks=range(len(layers)), xticklabels=layers, yticks=range(len(poolings)), yticklabels=poolings, xlabel="single layer", title=label.replace("\n", " "))
     axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axis, pad=0.02)
-    save(figure, out, "search-layers")
+    save(figure, "search-layers")
 
     figure, axes = plt.subplots(1, len(poolings), figsize=(PAGE, 2.3), sharey=True, squeeze=False)
     languages = paper_order(c.split("_")[1] for c in columns if c.startswith(split))
@@ -112,7 +118,7 @@ def plot_grid(folder, out):
         axis.set(title=pooling, xlabel="single layer", xticks=layers)
     axes[0][0].set_ylabel(f"micro-F1 on {split} (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
-    save(figure, out, "search-single")
+    save(figure, "search-single")
 
     figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
     for p, pooling in enumerate(poolings):
@@ -123,10 +129,10 @@ def plot_grid(folder, out):
     axis.axhline(0, color="black", lw=0.6)
     axis.set(xticks=range(len(layers)), xticklabels=layers, xlabel="layer", ylabel="mean F1 with the layer\nless mean F1 without (points)")
     axis.legend(ncols=len(poolings))
-    save(figure, out, "search-worth")
+    save(figure, "search-worth")
 
 
-def plot_confusion(folder, out):
+def plot_confusion(folder, save):
     paths = {path.name.split(".")[1]: path for path in sorted(Path(folder).glob("confusion.*.csv"))}
     if not paths:
         raise UserError(f"{folder} holds no confusion.LANG.csv: run grid_search.py")
@@ -150,12 +156,12 @@ def plot_confusion(folder, out):
         axis.spines[:].set_visible(False)
     figure.supylabel("true class", fontsize=7.5)
     figure.supxlabel("predicted class (% of the true class, all seeds)", fontsize=7.5)
-    save(figure, out, "confusion")
+    save(figure, "confusion")
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------
 
-def plot_training(folders, split, out):
+def plot_training(folders, split, save):
     runs = [read_json(Path(folder) / "run.json", "arguments", "labels") for folder in folders]
     metrics = [read_metrics(folder) for folder in folders]
     languages = paper_order({row["language"] for rows in metrics for row in rows if row["split"] == split})
@@ -197,16 +203,40 @@ def plot_training(folders, split, out):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside upper center", ncols=4, title=f"Accuracy on {split} by language; dotted: layers frozen from here on"
                   + "; band: lowest to highest seed" * (len(folders) > len(group_runs(folders, runs))))
-    save(figure, out, f"training-{split}")
+    save(figure, f"training-{split}")
+
+
+# --- differences -------------------------------------------------------------------------------------------------
+
+def plot_differences(folder, save):
+    results = read_json(Path(folder) / "results.json", "systems", "baseline", "rows")
+    systems = [system for system in results["systems"] if system.get("difference")]
+    if not systems:
+        raise UserError(f"{folder}/results.json compares no two systems: give evaluate.py two or more")
+    languages = [l for l in [*results["rows"], "others"] if any(l in system["difference"] for system in systems)]
+    figure, axis = plt.subplots(figsize=(COLUMN, 0.6 + 0.22 * len(languages) * max(1, len(systems) * 0.7)))
+    for s, system in enumerate(systems):
+        there = [i for i, language in enumerate(languages) if language in system["difference"]]
+        entries = [system["difference"][languages[i]] for i in there]
+        mean, low, high = (100 * np.array([entry[key] for entry in entries]) for key in ("difference", "low", "high"))
+        axis.errorbar(mean, np.array(there) + (s - (len(systems) - 1) / 2) * 0.22, xerr=[mean - low, high - mean], fmt=MARKERS[s % 8],
+                      color=COLORS[s % 8], ms=3.5, capsize=2, label=system["name"])
+    axis.axvline(0, color="black", lw=0.6)
+    axis.set(yticks=range(len(languages)), yticklabels=languages, xlabel=f"accuracy less {results['baseline']}'s (points, 95 % interval)")
+    axis.invert_yaxis()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    save(figure, "differences")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("grid", "grid folder of grid_search.py"), ("training", "run folders of train.py"), ("confusion", "grid folder of grid_search.py")):
+    for name, what in (("grid", "grid folder of grid_search.py"), ("training", "run folders of train.py"),
+                       ("confusion", "grid folder of grid_search.py"), ("differences", "results folder of evaluate.py")):
         command = commands.add_parser(name, help=f"figures of a {what}")
         command.add_argument("folders", nargs="+" if name == "training" else 1, help=what)
         command.add_argument("--out", required=True, help="folder for the figures")
+        command.add_argument("--tensorboard", metavar="DIR", help="write the figures as TensorBoard events there too")
         if name == "training":
             command.add_argument("--split", choices=["dev", "test"], default="dev", help="(default: dev; test needs train.py --track-test)")
     return parser.parse_args(argv)
@@ -214,10 +244,14 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    def keep(figure, name):
+        save(figure, args.out, name, args.tensorboard)
+
     if args.command == "training":
-        plot_training(args.folders, args.split, args.out)
+        plot_training(args.folders, args.split, keep)
     else:
-        {"grid": plot_grid, "confusion": plot_confusion}[args.command](args.folders[0], args.out)
+        {"grid": plot_grid, "confusion": plot_confusion, "differences": plot_differences}[args.command](args.folders[0], keep)
     return 0
 
 

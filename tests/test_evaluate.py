@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import evaluate
 import train
-from conftest import toy_rows
+from conftest import make_data, toy_rows
 
 LABELS = ["refund", "agent", "delivery", "cancel"]
 LANGUAGES = ["en", "zh", "de"]  # the paper's order
@@ -422,3 +422,82 @@ def test_spaces_at_the_edges_and_lone_quotes_are_kept(runs, script, tmp_path):
     status, _, _ = script("evaluate", runs / "baseline", "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv")
     lines = (tmp_path / "out.tsv").read_bytes().decode().split("\n")
     assert status == 0 and [line.split("\t")[0] for line in lines[1:-1]] == texts
+
+
+# --- differences, protocols, Translate-Train ---------------------------------------------------------------------
+
+def test_differences_are_those_of_the_saved_logits(runs, data_folder, tmp_path):
+    """Correctness averaged over seeds, every row its own cluster (single texts), against the first system."""
+    results, text = tabulate(tmp_path / "out", data_folder, runs / "baseline", runs / "wf-seed0", runs / "wf-seed1", "--resamples", 500)
+    truth = {l: np.array([label for _, label in read_rows(Path(data_folder) / f"test.{l}.tsv")]) for l in LANGUAGES}
+
+    def right(name, language):
+        last = max(int(path.name) for path in (runs / name / "predictions").iterdir())
+        return np.load(runs / name / "predictions" / str(last) / f"test.{language}.npy").argmax(1) == truth[language]
+
+    expected = {l: (right("wf-seed0", l).mean() + right("wf-seed1", l).mean()) / 2 - right("baseline", l).mean() for l in LANGUAGES}
+    baseline, wf = results["systems"]
+    assert results["baseline"] == "baseline" and "difference" not in baseline
+    for language in LANGUAGES:
+        entry = wf["difference"][language]
+        assert entry["difference"] == pytest.approx(expected[language]) and entry["low"] <= entry["difference"] <= entry["high"]
+        assert entry["p_holm"] >= entry["p"] and "p_mcnemar" not in entry  # there are two seeds
+        assert f"{100 * expected[language]:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]" in text
+    assert wf["difference"]["others"]["difference"] == pytest.approx((expected["de"] + expected["zh"]) / 2)
+    single, _ = tabulate(tmp_path / "single", data_folder, runs / "baseline", runs / "wf-seed0", "--resamples", 50)
+    assert {"p_mcnemar"} <= set(single["systems"][1]["difference"]["de"])
+
+
+def test_differences_need_no_model_once_logits_are_saved(runs, data_folder, tmp_path, monkeypatch):
+    names = [runs / "baseline", runs / "wf-seed0"]
+    tabulate(tmp_path / "one", data_folder, *names)
+    monkeypatch.setattr(evaluate, "load_model", None)
+    results, _ = tabulate(tmp_path / "two", data_folder, *names, "--baseline", "wf-seed0")
+    assert "difference" in results["systems"][0] and "difference" not in results["systems"][1]
+
+
+def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, script):
+    status, _, error = script("evaluate", runs / "baseline", runs / "wf-seed0", "--data", data_folder, "--out", tmp_path, "--baseline", "x")
+    assert status == 2 and "--baseline x: the systems are baseline wf-seed0" in error
+
+
+def test_rows_of_one_premise_are_one_cluster(tmp_path, monkeypatch):
+    """Pairs are clustered by the English premise, whatever the translations repeat."""
+    seen = []
+    monkeypatch.setattr(evaluate, "bootstrap_difference", lambda differences, clusters, resamples: seen.append(clusters.tolist())
+                        or [np.zeros(differences.shape[1])] * 4)
+    premises = {"en": "aabbc", "de": "vwxyz"}
+    for language, texts in premises.items():
+        (tmp_path / f"test.{language}.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(f"{t}\th{i}\tyes\n" for i, t in enumerate(texts)))
+    (tmp_path / "labels.txt").write_text("yes\nno\n")
+    description = {"arguments": {"seed": 0}, "labels": ["yes", "no"], "complete": True, "precision": "float32"}
+    monkeypatch.setattr(evaluate, "read_run", lambda folder: ({**description, "arguments": {"seed": 0, "name": str(folder)}}, {1: {"en": 1.0}}))
+    monkeypatch.setattr(evaluate, "run_logits", lambda folder, run, epochs, *rest: {l: np.eye(2)[[0, 1, 0, 1, 0]] for l in epochs})
+    evaluate.compare(["a", "b"], tmp_path, "test", "last", None, None, 8, 10)
+    assert seen == [[0, 0, 1, 1, 2]]
+
+
+def test_every_protocol_stands_beside_the_one_that_is_shown(runs, data_folder, tmp_path):
+    results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", "joint")
+    run, = results["systems"][0]["runs"]
+    assert list(run["protocols"]) == ["joint", "last", "en", "oracle"] and run["accuracy"] == run["protocols"]["joint"]["accuracy"]
+    for name in ("last", "en", "joint", "oracle"):
+        shown, _ = tabulate(tmp_path / name, data_folder, runs / "wf-seed0", "--epoch", name)
+        assert shown["systems"][0]["mean"] == results["systems"][0]["protocols"][name]
+        english, others = shown["systems"][0]["mean"]["en"], np.mean([shown["systems"][0]["mean"][l] for l in ("de", "zh")])
+        assert f"{100 * english:.1f} / {100 * others:.1f}" in text
+
+
+def test_translate_train_is_a_model_for_each_language(model_folder, tmp_path):
+    data = Path(make_data(tmp_path / "data"))
+    runs = []
+    for language in ("de", "zh"):
+        shutil.copy(data / f"dev.{language}.tsv", data / f"train.{language}.tsv")
+        runs.append(tmp_path / f"translate-train-{language}")
+        train.main(["--model", model_folder, "--data", str(data), "--out", str(runs[-1]), "--train-language", language, "--layers", "3",
+                    "--epochs", "1", "--max-length", "32", "--precision", "fp32"])
+    results, text = tabulate(tmp_path / "out", data, *runs)
+    system, = results["systems"]
+    assert list(system["mean"]) == ["de", "zh"] or list(system["mean"]) == ["zh", "de"]
+    assert [list(run["accuracy"]) for run in system["runs"]] == [["de"], ["zh"]]
+    assert columns(text)[system["name"]][0] == ""  # nothing was trained on English

@@ -15,9 +15,9 @@ def figures(monkeypatch):
     kept, close = {}, plt.close
     save = plot.save
 
-    def keeping(figure, out, name):
+    def keeping(figure, out, name, tensorboard):
         kept[name] = figure
-        save(figure, out, name)
+        save(figure, out, name, tensorboard)
 
     monkeypatch.setattr(plot, "save", keeping)
     monkeypatch.setattr(plt, "close", lambda figure: None)
@@ -113,3 +113,20 @@ def test_missing_files_are_one_sentence(arguments, message, tmp_path, script, mo
 def test_test_curves_need_track_test(runs, tmp_path, script):
     status, _, error = script("plot", "training", *runs, "--out", tmp_path, "--split", "test")
     assert status == 2 and "no run was evaluated on test (train.py --track-test)" in error
+
+
+def test_differences_and_their_intervals(tmp_path, script, figures):
+    entry = {"difference": 0.02, "low": -0.01, "high": 0.06}
+    (tmp_path / "results.json").write_text(json.dumps({"baseline": "base", "rows": {"en": 9, "zh": 9}, "systems": [
+        {"name": "base"}, {"name": "wf", "difference": {"en": entry, "others": {**entry, "difference": 0.03}}}]}))
+    status, _, _ = script("plot", "differences", tmp_path, "--out", tmp_path / "figures", "--tensorboard", tmp_path / "events")
+    axis = figures["differences"].axes[0]
+    assert status == 0 and [label.get_text() for label in axis.get_yticklabels()] == ["en", "others"]
+    points, _, (bars,) = axis.containers[0]
+    np.testing.assert_allclose(points.get_xdata(), [2, 3])
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [-1, 6])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert EventAccumulator(str(tmp_path / "events")).Reload().Tags()["images"] == ["differences"]
+    (tmp_path / "results.json").write_text(json.dumps({"baseline": "base", "rows": {"en": 9}, "systems": [{"name": "base"}]}))
+    status, _, error = script("plot", "differences", tmp_path, "--out", tmp_path / "figures")
+    assert status == 2 and "compares no two systems" in error

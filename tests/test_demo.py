@@ -1,0 +1,104 @@
+"""The demo's own commands, as the Makefile has them, on the shipped sample; and the README's."""
+import csv
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from files import read_json
+
+SHORTER = {  # so that the suite stays within its time; `make demo` runs them as they are
+    "grid_search.py": "--epochs 10",
+    "train.py": "--max-train-rows 2000 --max-eval-rows 200",
+    "evaluate.py": "--resamples 1000",
+}
+
+
+def demo_commands(out):
+    """What `make demo` would run, without the environment: lists of words, the first a script's name."""
+    lines = subprocess.run(["make", "-n", "demo", f"DEMO={out}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line.split("python ", 1)[1]) for line in lines.splitlines() if re.search(r"bin/python \w+\.py", line)]
+    assert [command[0] for command in commands] == ["extract.py", "grid_search.py", "train.py", "train.py", "train.py", "evaluate.py",
+                                                    "plot.py", "plot.py", "plot.py"]
+    return commands
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a demo that has run, and what each command printed."""
+    import importlib
+    import io
+    from contextlib import redirect_stdout
+
+    import torch
+    out, printed = tmp_path_factory.mktemp("demo"), []
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for script, *arguments in demo_commands(out):
+            screen = io.StringIO()
+            with redirect_stdout(screen):
+                status = importlib.import_module(script.removesuffix(".py")).main(arguments + shlex.split(SHORTER.get(script, "")))
+            assert not status
+            printed.append(screen.getvalue())
+    torch.set_num_threads(1)
+    return out, printed
+
+
+def test_the_search_trains_every_model_and_some_transfer(demo):
+    out, printed = demo
+    with open(out / "grid/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 255 * 3 * 5 and "3,825 models" in printed[1]
+    best = read_json(out / "grid/best.json")
+    mine = [row for row in rows if row["pooling"] == best["pooling"] and row["layers"] == "+".join(map(str, best["layers"]))]
+    assert len(mine) == 5
+
+    def mean(language):
+        return sum(float(row[f"test_{language}"]) for row in mine) / 5
+
+    assert mean("en") > 0.7 and sum(map(mean, "de es fr zh ar ur".split())) / 6 > 0.25 + 0.1  # four balanced classes
+
+
+def test_the_three_systems_stand_in_one_table(demo):
+    out, printed = demo
+    results = read_json(out / "results/results.json")
+    assert [system["name"] for system in results["systems"]] == ["baseline", "mc-bert", "mc-bert-wf"]
+    chance = 1 / len(read_json(out / "runs/mc-bert/run.json")["labels"])
+    for system in results["systems"]:
+        others = [accuracy for language, accuracy in system["mean"].items() if language != "en"]
+        assert system["mean"]["en"] > 0.6 and len(others) == 6
+        assert sum(others) / 6 > chance + 0.05
+    assert "mc-bert-wf" in printed[5] and "others" in printed[5]
+
+
+def test_layers_were_frozen_after_two_epochs(demo):
+    rows = [json.loads(line) for line in open(demo[0] / "runs/mc-bert-wf/metrics.jsonl")]
+    assert all(row["frozen_layers"] == ([] if row["epoch"] <= 2 else [9, 11, 12]) for row in rows)
+
+
+def test_every_figure_is_there(demo):
+    names = {path.name for path in (demo[0] / "figures").iterdir()}
+    assert names == {f"{name}.png" for name in ("search-ranking", "search-layers", "search-single", "search-worth", "confusion", "training-dev")}
+
+
+def test_the_readmes_commands_have_flags_that_exist():
+    """Every command line of the README parses: the scripts' own parsers read it."""
+    import importlib
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = [line.split("#")[0].replace("$M", "some-model") for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    commands = [shlex.split(line)[1:] for line in lines]
+    assert len(commands) >= 12
+    for script, *arguments in commands:
+        if script.startswith("sample/make_data"):
+            continue
+        import sys
+        sys.path.insert(0, str(ROOT / "sample"))
+        module = importlib.import_module(script.removesuffix(".py").removeprefix("sample/"))
+        arguments = [argument for argument in arguments if not argument.startswith("grid/massive/best")] \
+            if "--layers-from" not in arguments else [a for a in arguments if a != "--layers-from" and not a.endswith("best.json")]
+        module.parse_args(arguments)
