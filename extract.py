@@ -9,16 +9,18 @@ Paper   section 1.1, phase one.
 """
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
 from files import UserError, claim, cli, finish_folder, start_folder, write_atomic
-from model import (POOLINGS, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity,
-                   pick_device, pick_precision, pool, to_device, token_limit, versions)
+from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity,
+                   pick_device, pick_precision, pool, start_processes, to_device, token_limit, versions)
 
 
 def pool_all(encoder, batch, dtype):
@@ -38,6 +40,21 @@ def to_dtype(pooled, dtype, where):
     if dtype == "float16" and largest > np.finfo(np.float16).max:
         raise UserError(f"{where}: a hidden state of {largest:.3g} does not fit float16: give --dtype float32")
     return values.astype(dtype)
+
+
+def gather_batches(values, shape, dtype, device):
+    """Bring the batches of a round to the first process: a list with one array of `shape` (or less) for each process.
+
+    values: this process's (P, L, B, D) NumPy array, or None. Other processes than the first get an empty list.
+    """
+    if not dist.is_initialized():
+        return [values]
+    buffer = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+    if values is not None:
+        buffer[:, :, :values.shape[2]] = torch.from_numpy(values)
+    received = [torch.empty_like(buffer) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(buffer, received)
+    return [array.cpu().numpy() for array in received or []]
 
 
 class PartFiles:
@@ -97,7 +114,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out = pick_device(), Path(args.out)
+    device, out, (rank, world) = pick_device(), Path(args.out), start_processes()
     dtype = pick_precision(args.precision, device)
     labels = read_labels(args.data)
     data = {f"{split}.{language}": read_split(args.data, split, language, labels)
@@ -117,33 +134,43 @@ def main(argv=None):
                 "inputs": {f"{stem}.tsv": {"sha256": sums[f"{stem}.tsv"], "rows": len(rows.labels)}
                            for stem, rows in data.items()},
                 "batch_size": args.batch_size}
-    with claim(out):
-        if start_folder(out, "manifest.json", manifest, {"versions": versions()}, args.overwrite):
-            print(f"{out} is complete already: nothing to do")
+    with claim(out) if rank == 0 else nullcontext():
+        if agree(rank == 0 and start_folder(out, "manifest.json", manifest, {"versions": versions()}, args.overwrite)):
+            if rank == 0:
+                print(f"{out} is complete already: nothing to do")
             return 0
         total = sum(len(rows.labels) for rows in data.values())
-        print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, {args.dtype}, "
-              f"{manifest['precision']} products on {device}")
-        with tqdm(total=total, unit="row", smoothing=0.1) as bar:
+        if rank == 0:
+            print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, {args.dtype}, "
+                  f"{manifest['precision']} products on " + (f"{world} processes" if world > 1 else str(device)))
+        with tqdm(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
             for stem, rows in data.items():
                 bar.set_description(stem)
                 labels_path = out / f"{stem}.labels.npy"
-                if labels_path.exists():  # written last: this file is whole
+                if agree(rank == 0 and labels_path.exists()):  # written last: this file is whole
                     bar.update(len(rows.labels))
                     continue
                 encoded = encode(tokenizer, rows, args.max_length)
                 batches = sorted_batches(encoded.lengths, args.batch_size)
-                files = PartFiles(out, stem, (layers, len(rows.labels), hidden), args.dtype)
-                bar.update(sum(len(batch) for batch in batches[:files.done[0]]))
-                for index in batches[files.done[0]:]:
-                    batch = to_device(collate(encoded, index, tokenizer.pad_token_id, args.max_length), device)
-                    files.write(index, to_dtype(pool_all(encoder, batch, dtype), args.dtype, f"{args.data}/{stem}.tsv"))
-                    bar.update(len(index))
-                files.finish()
-                with write_atomic(labels_path, "wb") as file:
-                    np.save(file, encoded.labels)
-        finish_folder(out, "manifest.json")
-    print(f"{out}: done")
+                files = PartFiles(out, stem, (layers, len(rows.labels), hidden), args.dtype) if rank == 0 else None
+                done = agree(int(files.done[0]) if rank == 0 else 0)
+                bar.update(sum(len(batch) for batch in batches[:done]))
+                for start in range(done, len(batches), world):  # a round: each process takes one batch, the first writes all
+                    values = None
+                    if start + rank < len(batches):
+                        batch = collate(encoded, batches[start + rank], tokenizer.pad_token_id, args.max_length)
+                        values = to_dtype(pool_all(encoder, to_device(batch, device), dtype), args.dtype, f"{args.data}/{stem}.tsv")
+                    shape = (len(POOLINGS), layers, args.batch_size, hidden)
+                    for index, values in zip(batches[start:start + world], gather_batches(values, shape, args.dtype, device)):
+                        files.write(index, values[:, :, :len(index)])
+                        bar.update(len(index))
+                if rank == 0:
+                    files.finish()
+                    with write_atomic(labels_path, "wb") as file:
+                        np.save(file, encoded.labels)
+        if rank == 0:
+            finish_folder(out, "manifest.json")
+            print(f"{out}: done")
     return 0
 
 

@@ -15,6 +15,7 @@ so that a step is L matrix products, whatever M is, and no product is spent on a
 import argparse
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from files import UserError, claim, cli, finish_folder, load_array, read_json, sha256, start_folder, write_atomic
-from model import POOLINGS, check_layers, pick_device, pick_precision, versions
+from model import POOLINGS, agree, check_layers, pick_device, pick_precision, start_processes, versions
 from ranking import Results, columns_of, write_grid
 
 
@@ -217,7 +218,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device = Path(args.out), pick_device()
+    out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
     manifest = read_json(Path(args.features) / "manifest.json", "layers", "hidden_size", "labels", "inputs", "poolings", "complete")
     if not manifest["complete"]:
         raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
@@ -236,16 +237,20 @@ def main(argv=None):
     description = {**{key: getattr(args, key) for key in ("features", "seeds", "hidden", "epochs", "batch_size", "lr", "dropout")},
                    "layers": layers, "poolings": args.poolings, "precision": str(precision).removeprefix("torch."),
                    "manifest": sha256(Path(args.features) / "manifest.json")}
-    with claim(out):
-        start_folder(out, "run.json", description, {"versions": versions()}, args.overwrite)
+    with claim(out) if rank == 0 else nullcontext():
+        agree(rank == 0 and start_folder(out, "run.json", description, {"versions": versions()}, args.overwrite))
+        if rank == 0:
+            print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} poolings x "
+                  f"{args.seeds} seeds = {len(combinations) * len(args.poolings) * args.seeds:,} models on "
+                  f"{f'{world} processes' if world > 1 else device}, {description['precision']} products")
+        jobs = [(pooling, seed) for pooling in args.poolings for seed in seeds if not part_path(out, pooling, seed).exists()]
+        agree(0)  # all have looked before one writes
+        mine = {}  # this process's share: {pooling: [seed, ...]}
+        for pooling, seed in jobs[rank::world]:
+            mine.setdefault(pooling, []).append(seed)
         steps = -(-manifest["inputs"]["train.en.tsv"]["rows"] // args.batch_size) * args.epochs
-        missing = {pooling: [seed for seed in seeds if not part_path(out, pooling, seed).exists()] for pooling in args.poolings}
-        missing = {pooling: todo for pooling, todo in missing.items() if todo}
-        print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} poolings x "
-              f"{args.seeds} seeds = {len(combinations) * len(args.poolings) * args.seeds:,} models on {device}, "
-              f"{description['precision']} products")
-        with tqdm(total=steps * len(missing), unit="step") as bar:
-            for pooling, todo in missing.items():
+        with tqdm(total=steps * len(mine), unit="step", disable=rank > 0) as bar:
+            for pooling, todo in mine.items():
                 bar.set_description(pooling)
                 start = time.perf_counter()
                 features, labels = load_features(args.features, manifest, "train.en", pooling, layers, precision, device)
@@ -258,6 +263,9 @@ def main(argv=None):
                 for i, seed in enumerate(todo):
                     with write_atomic(part_path(out, pooling, seed), "wb") as file:
                         np.savez(file, confusion=tables[:, i], seconds=seconds)
+        agree(0)  # all parts are there
+        if rank > 0:
+            return 0
         parts = [[load_part(part_path(out, pooling, seed), shape) for seed in seeds] for pooling in args.poolings]
         confusion = np.array([[part[0] for part in row] for row in parts]).transpose(0, 3, 1, 2, 4, 5)  # (P, M, S, F, C, C)
         text = write_grid(out, Results(confusion, args.poolings, combinations, files), manifest["labels"], args.select,

@@ -259,10 +259,13 @@ def start_processes():
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
-def wait_for_all():
-    """Wait until every process of torchrun is here; nothing when there is one."""
-    if dist.is_initialized():
-        dist.barrier()
+def agree(value):
+    """The first process's `value`, a number, in every process of torchrun; all wait for each other here."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(float(value), device=pick_device())
+    dist.broadcast(shared, 0)
+    return type(value)(shared.item())
 
 
 def pick_device():

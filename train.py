@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from data import collate, encode, fingerprint, read_labels, read_split, split_languages, take, train_batches
 from files import UserError, claim, cli, finish_folder, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, layer_module, load_encoder,
+from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, layer_module, load_encoder,
                    load_tokenizer, model_identity, pick_device, pick_precision, predict, save_model, start_processes,
-                   to_device, token_limit, versions, wait_for_all)
+                   to_device, token_limit, versions)
 
 
 # --- the pieces of a step ----------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
                     keep(epoch + 1, {epoch + 1, *best_epochs(state.history).values()})
             if saves and rank == 0:
                 state.save(out)
-            wait_for_all()
+            agree(0)  # no process runs ahead of a save
             since, clock = state.step, time.perf_counter()
     bar.close()
 
@@ -429,17 +429,17 @@ def main(argv=None):
                    **model_identity(model.encoder, tokenizer, args.model), "labels": labels, "data": fingerprint(args.data, files),
                    "precision": str(dtype).removeprefix("torch."), "processes": world}
     with claim(out) if rank == 0 else nullcontext():
-        complete = rank == 0 and start_folder(out, "run.json", description, {
-            "versions": versions(), "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])}, args.overwrite)
-        if complete:
-            print(f"{out} is complete already: nothing to do")
+        if agree(rank == 0 and start_folder(out, "run.json", description, {
+                "versions": versions(), "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])},
+                args.overwrite)):
+            if rank == 0:
+                print(f"{out} is complete already: nothing to do")
             return 0
-        wait_for_all()
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if rank == 0:
             describe(model, count, args.freeze_layers, note, dtype, world)
         state.load(out)
-        if state.step:
+        if state.step and rank == 0:
             print(f"going on after step {state.step}")
 
         def encoded(rows, limit):
