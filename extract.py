@@ -171,6 +171,7 @@ def main(argv=None):
         if rank == 0:
             finish_folder(out, "manifest.json")
             print(f"{out}: done")
+        agree(0)  # all leave together, once the manifest says complete
     return 0
 
 

@@ -1,0 +1,99 @@
+"""Two processes of torchrun (gloo, CPU) against one: the same features, results and losses."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_data, make_model
+from safetensors.torch import load_file
+
+DRIVER = """
+import shlex, sys
+sys.path.insert(0, {root!r})
+import files, extract, grid_search, train
+def main():
+    for line in open(sys.argv[1]):
+        name, *arguments = shlex.split(line)
+        print("$", line.strip(), flush=True)
+        {{"extract": extract, "grid_search": grid_search, "train": train}}[name].main(arguments)
+files.cli(main)
+"""
+
+
+def commands(model, data, out):
+    tuned = f"--model {model} --data {data} --max-length 32 --precision fp32 --dropout 0 --batch-size 13 --lr 1e-3 --log-steps 1"
+    return f"""extract --model {model} --data {data} --out {out}/features --max-length 32 --dtype float32 --precision fp32 --batch-size 9
+grid_search --features {out}/features --out {out}/grid --layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32
+train {tuned} --out {out}/wf --layers 2 4 --freeze-layers 0 3 --freeze-epoch 2 --epochs 10 --eval-steps 1
+train {tuned} --out {out}/pooler --head pooler --epochs 2 --accumulate 3
+"""
+
+
+def torchrun(lines, folder, processes):
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    (folder / "commands").write_text(lines)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")], capture_output=True, text=True,
+                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folders that one process and two made from the same commands, and what two printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = make_model(folder / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data = make_data(folder / "data", train=66)  # the last batch of an epoch has one row: one process has none
+    made = {}
+    for processes in (1, 2):
+        made[processes] = folder / str(processes)
+        made[processes].mkdir()
+        result = torchrun(commands(model, data, made[processes]), made[processes], processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return made[1], made[2], result.stdout, model, data
+
+
+def test_features_are_the_same(both):
+    one, two = both[0] / "features", both[1] / "features"
+    names = sorted(path.name for path in one.glob("*.npy"))
+    assert names == sorted(path.name for path in two.glob("*.npy")) and len(names) == 7 * 4
+    for name in names:
+        np.testing.assert_allclose(np.load(one / name), np.load(two / name), atol=1e-5)
+    assert not list(two.glob(".*.part")) and json.loads((two / "manifest.json").read_text())["complete"]
+
+
+def test_the_search_gives_the_same_results(both):
+    rows = []
+    for out in both[:2]:
+        with open(out / "grid/results.csv", newline="") as file:
+            rows.append(list(csv.DictReader(file)))
+    assert rows[0] == rows[1] and len(rows[0]) == 7 * 2 * 3
+
+
+@pytest.mark.parametrize("name", ["wf", "pooler"])
+def test_training_gives_the_same_losses_and_weights(both, name):
+    metrics = [[json.loads(line) for line in open(out / name / "metrics.jsonl")] for out in both[:2]]
+    assert len(metrics[0]) == len(metrics[1])
+    for a, b in zip(*metrics):
+        assert {k: v for k, v in a.items() if k not in ("loss", "examples_per_second")} == \
+               {k: v for k, v in b.items() if k not in ("loss", "examples_per_second")}
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+    if name == "wf":
+        assert len({row["step"] for row in metrics[0]}) == 60 and metrics[0][-1]["frozen_layers"] == [0, 3]
+    last = max(int(path.name) for path in (both[0] / name / "epochs").iterdir())
+    one, two = (load_file(out / name / "epochs" / str(last) / "model.safetensors") for out in both[:2])
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
+
+
+def test_only_one_process_speaks(both):
+    assert both[2].count("parameters to train; float32 products, 2 processes") == 2 and both[2].count(": done") == 3
+
+
+def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both):
+    one, two, _, model, data = both
+    lines = [line for line in commands(model, data, two).splitlines() if line.startswith("train")][:1]
+    result = torchrun("\n".join(lines), two, 1)
+    assert result.returncode == 2 and "processes was 2, is now 1" in result.stderr and "Traceback" not in result.stderr
