@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -177,6 +178,32 @@ class State:
         self.__dict__.update(saved)
 
 
+class StopRequest:
+    """SIGTERM or Ctrl-C, noted, and looked at between steps; the second one stops at once."""
+
+    def __init__(self, world):
+        self.number = 0
+        self.group = dist.new_group(backend="gloo") if world > 1 else None  # asks on the CPU: the GPU need not wait
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def asked(self):
+        """The signal that any process got so far, or 0: the same answer in all of them."""
+        if self.group:
+            highest = torch.tensor(self.number)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
+            self.number = int(highest)
+        return self.number
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # --- the run -----------------------------------------------------------------------------------------------------
 
 def build(name, labels, head, layers, pooling, dropout, encoder_dropout, hidden, seed):
@@ -253,6 +280,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     """Train state.model on an Encoded and evaluate it on `sets`, {(split, language): Encoded}.
 
     `keep(epoch, best)` is called after each epoch, to save the model and to drop the epochs that are not in `best`.
+    Returns 0, or the number of the signal that stopped it after the state was saved.
     """
     rank, world = start_processes()
     model, device = state.model.train(), state.totals.device
@@ -260,7 +288,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     writer = SummaryWriter(out, purge_step=state.step + 1) if rank == 0 else None
     per_epoch = -(-len(train_set.labels) // batch_size)
     bar = tqdm(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
-    since, clock = state.step, time.perf_counter()
+    since, clock, stop = state.step, time.perf_counter(), StopRequest(world)
 
     def freeze_now(why):
         nonlocal wrapped
@@ -285,6 +313,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             bar.update()
             ends = state.step == (epoch + 1) * per_epoch
             evaluates, saves = (ends or n and state.step % n == 0 for n in (eval_steps, save_steps))
+            saves = saves or stop.asked()
             if not (evaluates or saves or state.step % log_steps == 0):
                 continue
             loss_sum, right_sum, row_sum = total_over_processes(state.totals)
@@ -315,8 +344,14 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             if saves and rank == 0:
                 state.save(out)
             agree(0)  # no process runs ahead of a save
+            if stop.number and state.step < epochs * per_epoch:
+                bar.close()
+                stop.restore()
+                return stop.number
             since, clock = state.step, time.perf_counter()
     bar.close()
+    stop.restore()
+    return 0
 
 
 def log_train(writer, bar, step, loss, accuracy, rate, speed):
@@ -428,10 +463,10 @@ def main(argv=None):
     description = {"arguments": {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "log_steps")},
                    **model_identity(model.encoder, tokenizer, args.model), "labels": labels, "data": fingerprint(args.data, files),
                    "precision": str(dtype).removeprefix("torch."), "processes": world}
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     with claim(out) if rank == 0 else nullcontext():
-        if agree(rank == 0 and start_folder(out, "run.json", description, {
-                "versions": versions(), "command": shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])},
-                args.overwrite)):
+        if agree(rank == 0 and start_folder(out, "run.json", description, {"versions": versions(), "command": command},
+                                            args.overwrite)):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
@@ -453,9 +488,13 @@ def main(argv=None):
 
         names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size eval_steps "
                  "save_steps log_steps seed").split()
-        fit(state, encoded(train_rows, args.max_train_rows),
+        number = fit(state, encoded(train_rows, args.max_train_rows),
             {key: encoded(read_split(args.data, *key, labels), args.max_eval_rows) for key in sets}, out, keep,
             pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+        if number:
+            if rank == 0:
+                print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; to go on:\n{command}")
+            return 128 + number
         if rank == 0:
             finish_folder(out, "run.json")
             best = best_epochs(state.history)

@@ -1,7 +1,9 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -881,3 +883,26 @@ def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder):
 def test_a_bad_freeze_lr_is_refused(flags, model_folder, data_folder, tmp_path, script):
     status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *flags)
     assert status == 2 and "--freeze-lr" in error and "expected a factor from 0 to 1" in error
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_and_the_command_goes_on(number, status, model_folder, data_folder, tmp_path, script, monkeypatch):
+    flags = [*BASE, "--model", model_folder, "--data", data_folder, "--layers", "2", "--freeze-layers", "1", "--freeze-epoch", "1"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    step, calls = train.train_step, iter(range(100))
+
+    def signalled(*args):
+        if next(calls) == 7:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    code, out, _ = script("train", *flags, "--out", tmp_path / "stopped")
+    assert code == status and f"stopped by {number.name} after step 8, the state is saved; to go on:\npython train.py --epochs 3" in out
+    monkeypatch.setattr(train, "train_step", step)
+    code, out, _ = script("train", *flags, "--out", tmp_path / "stopped")
+    assert code == 0 and "going on after step 8" in out
+    whole, stopped = (load_file(tmp_path / name / "epochs/3/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
