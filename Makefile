@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 DEMO ?= demo
-PY = HF_HUB_OFFLINE=1 $(BIN)/python
-MODEL = sample/model
-TUNE = --model $(MODEL) --data sample/nli --lr 5e-4
+PY = $(BIN)/python
+demo test: export HF_HUB_OFFLINE = 1
+MODEL ?= sample/model
+TUNE = --model $(MODEL) --data sample/intents14 --lr 2e-4 --batch-size 64
 
-.PHONY: demo test clean
+.PHONY: demo claims test clean
 
 # Both phases on the sample. Each line can be run by hand; run again, the whole goes on where it stopped.
 demo: .venv/run
@@ -16,13 +17,21 @@ demo: .venv/run
 	$(PY) train.py $(TUNE) --out $(DEMO)/runs/baseline --head pooler
 	$(PY) train.py $(TUNE) --out $(DEMO)/runs/mc-bert --layers-from $(DEMO)/grid/best.json
 	$(PY) train.py $(TUNE) --out $(DEMO)/runs/mc-bert-wf --layers-from $(DEMO)/grid/best.json --freeze-layers 9 11 12 --freeze-epoch 2
-	$(PY) evaluate.py $(DEMO)/runs/baseline $(DEMO)/runs/mc-bert $(DEMO)/runs/mc-bert-wf --data sample/nli --out $(DEMO)/results
+	$(PY) evaluate.py $(DEMO)/runs/baseline $(DEMO)/runs/mc-bert $(DEMO)/runs/mc-bert-wf --data sample/intents14 --out $(DEMO)/results
 	$(PY) plot.py grid $(DEMO)/grid --out $(DEMO)/figures
 	$(PY) plot.py confusion $(DEMO)/grid --out $(DEMO)/figures
 	$(PY) plot.py training $(DEMO)/runs/baseline $(DEMO)/runs/mc-bert $(DEMO)/runs/mc-bert-wf --out $(DEMO)/figures
+	$(PY) plot.py differences $(DEMO)/results --out $(DEMO)/figures
+
+# The paper's eight conclusions. On XNLI: make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli FLAGS=
+DATA ?= sample/intents14
+OUT ?= claims/sample
+FLAGS ?= --lr 2e-4 --batch-size 64
+claims: .venv/run
+	$(PY) claims.py --model $(MODEL) --data $(DATA) --out $(OUT) $(FLAGS)
 
 test: .venv/test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+	$(PY) -m pytest -q tests
 
 .venv/run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

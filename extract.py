@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
-from files import UserError, claim, cli, finish_folder, start_folder, write_atomic
-from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity,
-                   pick_device, pick_precision, pool, start_processes, to_device, token_limit, versions)
+from files import UserError, claim, cli, finish_folder, progress_bar, start_folder, write_atomic
+from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer,
+                   model_identity, pick_device, pick_precision, pool, start_processes, to_device, token_limit,
+                   versions)
 
 
 def pool_all(encoder, batch, dtype):
@@ -143,7 +143,7 @@ def main(argv=None):
         if rank == 0:
             print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, {args.dtype}, "
                   f"{manifest['precision']} products on " + (f"{world} processes" if world > 1 else str(device)))
-        with tqdm(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
+        with progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
             for stem, rows in data.items():
                 bar.set_description(stem)
                 labels_path = out / f"{stem}.labels.npy"

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -147,6 +148,11 @@ def load_array(path, shape, kind="f", remedy="run extract.py again"):
         raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} "
                         f"of {'integers' if kind == 'i' else 'floats'}: {remedy}")
     return array
+
+
+def progress_bar(**settings):
+    """A tqdm bar; where nobody watches, as in a log file, it is drawn every 20 seconds only."""
+    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 20, **settings)
 
 
 def markdown_table(header, rows):

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from files import UserError, claim, cli, finish_folder, load_array, read_json, sha256, start_folder, write_atomic
+from files import (UserError, claim, cli, finish_folder, load_array, progress_bar, read_json, sha256, start_folder,
+                   write_atomic)
 from model import POOLINGS, agree, check_layers, pick_device, pick_precision, start_processes, versions
 from ranking import Results, columns_of, write_grid
 
@@ -249,7 +249,7 @@ def main(argv=None):
         for pooling, seed in jobs[rank::world]:
             mine.setdefault(pooling, []).append(seed)
         steps = -(-manifest["inputs"]["train.en.tsv"]["rows"] // args.batch_size) * args.epochs
-        with tqdm(total=steps * len(mine), unit="step", disable=rank > 0) as bar:
+        with progress_bar(total=steps * len(mine), unit="step", disable=rank > 0) as bar:
             for pooling, todo in mine.items():
                 bar.set_description(pooling)
                 start = time.perf_counter()

@@ -28,10 +28,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data import collate, encode, fingerprint, read_labels, read_split, split_languages, take, train_batches
-from files import UserError, claim, cli, finish_folder, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, layer_module, load_encoder,
-                   load_tokenizer, model_identity, pick_device, pick_precision, predict, save_model, start_processes,
-                   to_device, token_limit, versions)
+from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
+from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers,
+                   layer_module, load_encoder, load_tokenizer, model_identity, pick_device, pick_precision, predict,
+                   save_model, start_processes, to_device, token_limit, versions)
 
 
 # --- the pieces of a step ----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     wrapped = wrap(model, world)
     writer = SummaryWriter(out, purge_step=state.step + 1) if rank == 0 else None
     per_epoch = -(-len(train_set.labels) // batch_size)
-    bar = tqdm(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
+    bar = progress_bar(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
     since, clock, stop = state.step, time.perf_counter(), StopRequest(world)
 
     def freeze_now(why):

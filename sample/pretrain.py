@@ -22,11 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
-from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from data import encode, fingerprint, read_labels, read_split, split_languages
-from files import UserError, cli, write_atomic, write_json
+from files import UserError, cli, progress_bar, write_atomic, write_json
 from model import autocast, pick_device, pick_precision, versions
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -103,11 +102,12 @@ def parse_args(argv):
     parser.add_argument("--hidden-size", type=int, default=96, help="(default: 96)")
     parser.add_argument("--blocks", type=int, default=12, help="(default: 12)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: 4)")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: 4000)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: 3000)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step, padding included (default: 4096)")
-    parser.add_argument("--pairs", type=float, default=0.6, help="share of examples that are translation pairs (default: 0.6)")
-    parser.add_argument("--mask-rate", type=float, default=0.15, help="share of tokens predicted (default: 0.15)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's highest learning rate (default: 1e-3)")
+    parser.add_argument("--pairs", type=float, default=0.8, help="share of examples that are translation pairs (default: 0.8)")
+    parser.add_argument("--mask-rate", type=float, default=0.4,
+                        help="share of tokens predicted: high, so that a translation has to be read (default: 0.4)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (default: 2e-3)")
     parser.add_argument("--max-length", type=int, default=128, help="positions of the model, in tokens (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser.parse_args(argv)
@@ -139,7 +139,7 @@ def main(argv=None):
     random = np.random.default_rng(args.seed)
     stream = batches(examples(encoded, random, args.pairs), random, args.tokens, args.max_length)
     seen, losses = 0, []
-    bar = tqdm(range(args.steps), unit="step", mininterval=1)
+    bar = progress_bar(iterable=range(args.steps), unit="step")
     for step in bar:
         ids, second = next(stream)                                                          # (B, T), (B,)
         changed, positions, targets = mask_tokens(ids, random, len(tokenizer), args.mask_rate, tokenizer.mask_token_id)
