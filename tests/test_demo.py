@@ -22,7 +22,7 @@ def demo_commands(out):
     lines = subprocess.run(["make", "-n", "demo", f"DEMO={out}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [shlex.split(line.split("python ", 1)[1]) for line in lines.splitlines() if re.search(r"bin/python \w+\.py", line)]
     assert [command[0] for command in commands] == ["extract.py", "grid_search.py", "train.py", "train.py", "train.py", "evaluate.py",
-                                                    "plot.py", "plot.py", "plot.py"]
+                                                    "plot.py", "plot.py", "plot.py", "plot.py"]
     return commands
 
 
@@ -82,7 +82,8 @@ def test_layers_were_frozen_after_two_epochs(demo):
 
 def test_every_figure_is_there(demo):
     names = {path.name for path in (demo[0] / "figures").iterdir()}
-    assert names == {f"{name}.png" for name in ("search-ranking", "search-layers", "search-single", "search-worth", "confusion", "training-dev")}
+    assert names == {f"{name}.png" for name in ("search-ranking", "search-layers", "search-single", "search-worth", "confusion", "training-dev",
+                                            "differences")}
 
 
 def test_the_readmes_commands_have_flags_that_exist():
