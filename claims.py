@@ -72,9 +72,10 @@ def verdict(low, high, by_seed, way):
 
 
 def phase_one(grid):
-    """What the search says on conclusions 3, 4, 5 and 8, as lines of Markdown (mean F1 of the non-English test sets)."""
+    """What the search says on conclusions 3, 4, 5 and 8, as Markdown lines (mean F1 of the non-English test sets)."""
     scores = {key: foreign(entry, "test").mean() for key, entry in read_grid(grid)[0].items()}
-    poolings = {p: np.mean([s for (pooling, _), s in scores.items() if pooling == p]) for p in dict.fromkeys(p for p, _ in scores)}
+    poolings = {p: np.mean([s for (pooling, _), s in scores.items() if pooling == p])
+                for p in dict.fromkeys(p for p, _ in scores)}
     single = {key: s for key, s in scores.items() if len(key[1]) == 1}
     best_single, best = max(single, key=single.get), max(scores, key=scores.get)
     everything = max((key for key in scores if len(key[1]) == max(len(k[1]) for k in scores)), key=scores.get)
@@ -105,8 +106,8 @@ def compare(a, b, clusters, english, resamples):
     others = [i for i in range(a.shape[2]) if i != english]
     both = np.stack([difference[:, :, english], difference[:, :, others].mean(2)], axis=2)  # (S, N, 2)
     mean, low, high, p = bootstrap_difference(both.mean(0), clusters, resamples)
-    return {name: {"difference": mean[i], "low": low[i], "high": high[i], "p": p[i], "by_seed": both[:, :, i].mean(1).tolist()}
-            for i, name in enumerate(("en", "others"))}
+    return {name: {"difference": mean[i], "low": low[i], "high": high[i], "p": p[i],
+                   "by_seed": both[:, :, i].mean(1).tolist()} for i, name in enumerate(("en", "others"))}
 
 
 def report(rows, args, count):
@@ -114,25 +115,28 @@ def report(rows, args, count):
     def interval(entry):
         return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
-    lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]), interval(row["en"]), row["verdict"]]
-             for row in rows]
+    lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
+              interval(row["en"]), row["verdict"]] for row in rows]
     return (f"# The paper's conclusions on {args.data}\n\nModel {args.model}, {args.seeds} seeds, {args.split} set, "
-            f"{count} other languages. Differences of accuracy in points with the 95 % interval of the test rows (clustered by premise); "
-            "the verdict is on the other languages' mean. Better: supported when the interval and every seed are above 0, not supported "
-            f"when all are below. No gain: supported when the interval is below {100 * MARGIN:g} point.\n\n"
+            f"{count} other languages. Differences of accuracy in points with the 95 % interval of the test rows "
+            "(clustered by premise); the verdict is on the other languages' mean. Better: supported when the interval "
+            "and every seed are above 0, not supported when all are below. No gain: supported when the interval is "
+            f"below {100 * MARGIN:g} point.\n\n"
             + markdown_table(["", "conclusion", "compared", "other languages", "English", "verdict"], lines) + "\n")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Flags not named here go to every train.py: --lr 5e-4, --max-train-rows 1000, ...")
+                                     epilog="Flags not named here go to every train.py: --lr 5e-4, "
+                                            "--max-train-rows 1000, ...")
     parser.add_argument("--model", required=True, help="encoder with 12 blocks: hub name or folder")
     parser.add_argument("--data", required=True, help="data set folder")
     parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
     parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: 3)")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the train rows; twice as many for conclusion 1 (default: 5)")
+    parser.add_argument("--epochs", type=int, default=5,
+                        help="passes over the train rows; twice as many for conclusion 1 (default: 5)")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
     parser.add_argument("--pooling", choices=["max", "mean", "cls"], default="max", help="(default: max)")
     parser.add_argument("--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)")
@@ -151,29 +155,33 @@ def main(argv=None):
     out = Path(args.out)
     labels, languages = read_labels(args.data), paper_order(split_languages(args.data, args.split))
     if "en" not in languages or len(languages) < 2:
-        raise UserError(f"{args.data}: {args.split} is needed in English and in another language, it is there in: {' '.join(languages)}")
+        raise UserError(f"{args.data}: {args.split} is needed in English and in another language, "
+                        f"it is there in: {' '.join(languages)}")
     everything = systems(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.hidden, args.epochs)
     folders = {name: [out / "runs" / f"{name}-seed{seed}" for seed in range(args.seeds)] for name in everything}
     for seed in range(args.seeds):
         for name, flags in everything.items():
             print(f"\n== {name}, seed {seed} ==")
             train.main([str(flag) for flag in (
-                "--model", args.model, "--data", args.data, "--out", folders[name][seed], "--seed", seed, "--epochs", args.epochs,
-                "--batch-size", args.batch_size, *more, *flags)])
+                "--model", args.model, "--data", args.data, "--out", folders[name][seed], "--seed", seed,
+                "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
     english = read_split(args.data, args.split, "en", labels)
     clusters, _ = clusters_of(english.text_a if english.text_b else list(range(len(english.labels))))
     right, rows = {}, []
     for number, claim, a, b, way in CONCLUSIONS:
         for name, which in (a, b):
             if (name, which) not in right:
-                right[name, which] = correctness(folders[name], args.data, args.split, which, languages, labels, args.batch_size)
+                right[name, which] = correctness(folders[name], args.data, args.split, which, languages, labels,
+                                                 args.batch_size)
         found = compare(right[a], right[b], clusters, languages.index("en"), args.resamples)
+        others = found["others"]
         rows.append({"number": number, "claim": claim, "a": f"{a[0]}{'@half' * (a[1] == 'half')}", "b": b[0], **found,
-                     "verdict": verdict(found["others"]["low"], found["others"]["high"], found["others"]["by_seed"], way)})
+                     "verdict": verdict(others["low"], others["high"], others["by_seed"], way)})
     text = report(rows, args, len(languages) - 1)
     if args.grid:
         text += "\nPhase 1, micro-F1 on the non-English test sets:\n\n" + "\n".join(phase_one(args.grid)) + "\n"
-    write_json(out / "claims.json", {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds, "conclusions": rows})
+    write_json(out / "claims.json", {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
+                                     "conclusions": rows})
     with write_atomic(out / "claims.md") as file:
         file.write(text)
     print(f"\n{text}\nwritten to {out}/claims.md")

@@ -78,7 +78,8 @@ def text_lines(stream, name):
         try:
             yield number, raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}, line {number}: not UTF-8 (byte {raw[error.start]:#04x} at {error.start})") from None
+            raise UserError(f"{name}, line {number}: "
+                            f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})") from None
 
 
 def table_lines(stream, name):
@@ -268,7 +269,7 @@ def download(url, path, tries=5):
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             problem = str(error)
         size = part.stat().st_size if part.exists() else 0
-        failures, furthest = (1, size) if size > furthest else (failures + 1, furthest)  # new bytes start the count anew
+        failures, furthest = (1, size) if size > furthest else (failures + 1, furthest)  # new bytes: count anew
         if failures >= tries:
             raise UserError(f"{url}: {problem}; the part is kept, run the command again to go on, or fetch the file "
                             f"yourself and give its folder with --archives")
@@ -293,8 +294,8 @@ def archive(path, opener):
             yield opened
     except PermissionError:
         raise
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
-            RuntimeError) as error:  # a wrong byte can surface as any of these, on many lines too
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError,
+            ValueError, RuntimeError) as error:  # a wrong byte can surface as any of these, on many lines too
         reason = str(error).partition("\n")[0].rstrip(":")
         raise UserError(f"{path} is damaged or cut short ({reason}): delete it and fetch it again") from None
 
@@ -328,9 +329,9 @@ def read_xnli(path, path_mt, languages, train_languages):
         for language in train_languages:
             member = f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
             rows = Rows([], [], [])
-            for number, (premise, hypothesis, label) in zip_table(opened, path_mt, member, ["premise", "hypo", "label"]):
+            for number, (premise, hypo, label) in zip_table(opened, path_mt, member, ["premise", "hypo", "label"]):
                 rows.text_a.append(clean(premise))
-                rows.text_b.append(clean(hypothesis))
+                rows.text_b.append(clean(hypo))
                 label = "contradiction" if label == "contradictory" else label
                 rows.labels.append(label_index(label, XNLI_LABELS, f"{path_mt}:{member}, line {number}"))
             if not rows.labels:
@@ -378,7 +379,7 @@ def read_massive(path, languages, train_languages, intents, balance, seed):
         if language not in records:
             raise UserError(f"{path} has no member 1.0/data/{language}-*.jsonl")
         for split in SPLITS:
-            check_parallel({tongue: [(row[0], row[1]) for row in records[tongue][split]] for tongue in ("en", language)},
+            check_parallel({tongue: [row[:2] for row in records[tongue][split]] for tongue in ("en", language)},
                            f"{path}:{members[language]}, partition {split}", [language])
             warn_count(members[language], split, len(records[language][split]), MASSIVE_ROWS)
     counts = Counter(intent for _, intent, _ in records["en"]["train"])
@@ -423,7 +424,8 @@ def check_parallel(ids, where, languages):
 def warn_count(name, split, rows, known):
     """Warn where a split's number of rows is not the published one, `known` ({split: rows})."""
     if rows != known.get(split, rows):
-        print(f"warning: {name} has {rows:,} rows where the published {split} set has {known[split]:,}", file=sys.stderr)
+        print(f"warning: {name} has {rows:,} rows where the published {split} set has {known[split]:,}",
+              file=sys.stderr)
 
 
 def write_data_set(out, labels, data, sources, known):
@@ -432,8 +434,8 @@ def write_data_set(out, labels, data, sources, known):
     names = {key: f"{key[0]}.{key[1]}.tsv" for key in data}
     others = sorted({path.name for path in out.glob("*.*.tsv")} - set(names.values())) if out.is_dir() else []
     if others or (out / "labels.txt").is_file() and read_labels(out) != labels:
-        raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): give another --out, "
-                        "or delete it")
+        raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): "
+                        "give another --out, or delete it")
     with write_atomic(out / "labels.txt") as file:
         file.write("".join(f"{label}\n" for label in labels))
     for key, name in names.items():
@@ -477,10 +479,12 @@ def check(folder, model=None, max_length=128):
             unknown = np.mean(encoded.ids == tokenizer.unk_token_id)
             line += f"{encoded.lengths.mean():>8.1f}{unknown:>9.2%}{np.mean(encoded.lengths > max_length):>7.1%}"
         print(line)
-        if split != "train" and rows.labels != data[split, split_languages(folder, split)[0]].labels:
-            wrong.append(f"{split}.{language}.tsv is not row-parallel with {split}.{split_languages(folder, split)[0]}.tsv")
+        first = split_languages(folder, split)[0]
+        if split != "train" and rows.labels != data[split, first].labels:
+            wrong.append(f"{split}.{language}.tsv is not row-parallel with {split}.{first}.tsv")
         if (rows.text_b is None) != (next(iter(data.values())).text_b is None):
-            wrong.append(f"{split}.{language}.tsv and {'.'.join(next(iter(data)))}.tsv: one holds pairs, the other single texts")
+            wrong.append(f"{split}.{language}.tsv and {'.'.join(next(iter(data)))}.tsv: "
+                         "one holds pairs, the other single texts")
     print("smallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
           "in train: rows whose text is in a train file too" + f"; cut: longer than {max_length} tokens" * bool(model))
     for sentence in wrong:
@@ -494,7 +498,8 @@ def parse_args(argv):
     for name, languages in (("xnli", "en zh es de ar ur"), ("massive", "en de es fr zh")):
         command = commands.add_parser(name, help=f"fetch and convert {name}")
         command.add_argument("--out", required=True, help="data set folder to write")
-        command.add_argument("--archives", metavar="DIR", help="folder that holds the archives (default: download them)")
+        command.add_argument("--archives", metavar="DIR",
+                             help="folder that holds the archives (default: download them)")
         command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG",
                              help=f"languages of dev and test, two-letter codes (default: {languages})")
         command.add_argument("--train-languages", nargs="+", default=["en"], metavar="LANG",
@@ -530,7 +535,8 @@ def main(argv=None):
     else:
         path = find_archive(MASSIVE_URL, args.archives, args.out)
         languages = list(dict.fromkeys(["en", *args.languages, *args.train_languages]))
-        labels, data, sources = read_massive(path, languages, args.train_languages, args.intents, args.balance, args.seed)
+        labels, data, sources = read_massive(path, languages, args.train_languages, args.intents, args.balance,
+                                             args.seed)
         data = {key: rows for key, rows in data.items() if key[0] == "train" or key[1] in args.languages}
         known = {}  # read_massive has counted them, before it chose intents
     write_data_set(args.out, labels, data, sources, known)

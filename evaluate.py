@@ -111,7 +111,7 @@ def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
 
 
 def average(dicts):
-    """Mean and standard deviation (n - 1) by language over runs' {language: accuracy}, each over the runs that have it."""
+    """Mean and standard deviation (n - 1) by language of runs' {language: accuracy}, each over those that have it."""
     values = {}
     for scores in dicts:
         for language, accuracy in scores.items():
@@ -126,7 +126,8 @@ def difference(right, baseline, clusters, resamples):
     right, baseline: lists of each run's {language: (N,) bool}. `others` is the mean over the non-English languages; the
     Holm correction is over the languages, not over it.
     """
-    shared = [l for l in right[0] if l in baseline[0]] if len(right) and len(baseline) else []
+    there = dict.fromkeys(language for run in right for language in run)
+    shared = [language for language in there if any(language in run for run in baseline)]
     if not shared:
         return {}
 
@@ -164,7 +165,8 @@ def compare(folders, data, split, protocol, baseline, max_rows, batch_size, resa
     baseline = next(iter(groups)) if baseline is None else baseline
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
-    scores, right = zip(*(evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size) for folder in folders))
+    scores, right = zip(*(evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size)
+                          for folder in folders))
     warnings = [f"{folder} is not finished: its last epoch so far is {max(history)}"
                 for folder, run, history in zip(folders, runs, histories) if not run["complete"]]
     for score in scores:
@@ -180,9 +182,11 @@ def compare(folders, data, split, protocol, baseline, max_rows, batch_size, resa
         mean, std = average(scores[i]["accuracy"] for i in members)
         system = {"name": name, "runs": [scores[i] for i in members], "mean": mean, "std": std,
                   "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
-                                for p in scores[members[0]]["protocols"] if all(p in scores[i]["protocols"] for i in members)}}
+                                for p in scores[members[0]]["protocols"]
+                                if all(p in scores[i]["protocols"] for i in members)}}
         if name != baseline:
-            system["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]], clusters, resamples)
+            system["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]],
+                                              clusters, resamples)
         systems.append(system)
     return {"data": str(data), "split": split, "epoch": protocol, "rows": {l: len(t) for l, t in truth.items()},
             "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
@@ -194,36 +198,43 @@ def report(results):
     compared = [l for l in languages if l in PAPER_LANGUAGES or "paper" not in results]
 
     def row(name, scores, spread=None):
-        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * spread[l]:.1f}" if spread else "") if l in scores else "" for l in languages]
+        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * spread[l]:.1f}" if spread else "") if l in scores else ""
+                 for l in languages]
         whole = set(compared) <= set(scores)
         return [name, *shown, f"{100 * np.mean([scores[l] for l in compared]):.1f}" if whole else ""]
 
-    def mean_of(scores, wanted):
-        there = [value for language, value in scores.items() if wanted(language)]
+    def mean_of(scores, english):
+        there = [value for language, value in scores.items() if (language == "en") == english]
         return f"{100 * np.mean(there):.1f}" if there else ""
 
-    rows = [row(f"{source}: {name}", results[source][name]) for source in ("paper", "published") for name in results.get(source, {})]
+    rows = [row(f"{source}: {name}", results[source][name])
+            for source in ("paper", "published") for name in results.get(source, {})]
     for system in results["systems"]:
         seeds = len({run["seed"] for run in system["runs"]})
-        rows.append(row(system["name"] + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
+        rows.append(row(system["name"] + f" ({seeds} seeds)" * (seeds > 1), system["mean"],
+                        system["std"] if seeds > 1 else None))
     mean = "mean" if compared == languages else f"mean of {' '.join(compared)}"
     text = f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; epoch: {results['epoch']}"
-    text += "; ± is the standard deviation over seeds" * any(len({run["seed"] for run in system["runs"]}) > 1 for system in results["systems"])
-    text += f"; {min(results['rows'].values()):,} rows a language.\n\n" + markdown_table(["system", *languages, mean], rows) + "\n"
+    several = any(len({run["seed"] for run in system["runs"]}) > 1 for system in results["systems"])
+    text += "; ± is the standard deviation over seeds" * several
+    text += f"; {min(results['rows'].values()):,} rows a language.\n\n"
+    text += markdown_table(["system", *languages, mean], rows) + "\n"
     names = list(dict.fromkeys(p for system in results["systems"] for p in system["protocols"]))
-    text += ("\nThe same runs at the epoch that each protocol chooses, English / mean of the other languages. `en`: best on English dev, "
-             "true zero-shot;\n`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev.\n\n")
+    text += ("\nThe same runs at the epoch that each protocol chooses, English / mean of the other languages. "
+             "`en`: best on English dev, true zero-shot;\n"
+             "`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev.\n\n")
     text += markdown_table(["system", *names], [[system["name"], *(
-        f"{mean_of(system['protocols'].get(p, {}), lambda l: l == 'en')} / {mean_of(system['protocols'].get(p, {}), lambda l: l != 'en')}"
+        f"{mean_of(system['protocols'].get(p, {}), True)} / {mean_of(system['protocols'].get(p, {}), False)}"
         for p in names)] for system in results["systems"]]) + "\n"
     compared_systems = [system for system in results["systems"] if system.get("difference")]
     if compared_systems:
         columns = [l for l in [*languages, "others"] if any(l in system["difference"] for system in compared_systems)]
-        text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the rows, clustered by "
-                 f"premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction over the languages; `others`: "
-                 "mean of the non-English languages, not corrected.\n\n")
-        text += markdown_table(["system", *columns], [[system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
-                                                      for system in compared_systems]) + "\n"
+        text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the "
+                 f"rows, clustered by premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction "
+                 "over the languages; `others`: mean of the non-English languages, not corrected.\n\n")
+        text += markdown_table(["system", *columns], [
+            [system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
+            for system in compared_systems]) + "\n"
     return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
 
 
@@ -245,13 +256,15 @@ def label_input(folder, protocol, source, target, batch_size):
     epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
     model, tokenizer, dtype = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
     encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
-    logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size, str(source))
+    logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
+                     str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
     texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
     columns = [*texts.values(), *([[labels[i] for i in rows.labels]] if rows.labels else []),
                [labels[i] for i in logits.argmax(1)], *([f"{p:.6f}" for p in column] for column in probabilities.T)]
     with write_atomic(target) as file:
-        file.write("\t".join([*texts, *(["label"] if rows.labels else []), "prediction", *(f"p_{label}" for label in labels)]) + "\n")
+        file.write("\t".join([*texts, *(["label"] if rows.labels else []), "prediction",
+                              *(f"p_{label}" for label in labels)]) + "\n")
         file.writelines("\t".join(cells) + "\n" for cells in zip(*columns))
     print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
           + (f"; accuracy {100 * (logits.argmax(1) == encoded.labels).mean():.1f}" if rows.labels else ""))
@@ -259,21 +272,27 @@ def label_input(folder, protocol, source, target, batch_size):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders of train.py; those that differ only in --seed are averaged")
+    parser.add_argument("runs", nargs="+",
+                        help="run folders of train.py; those that differ only in --seed are averaged")
     parser.add_argument("--epoch", default="last", metavar="last|en|joint|oracle|K",
-                        help="epoch to report: the last (default); the best on English dev (en, true zero-shot), on the mean of the "
-                             "other languages' dev (joint), for each language on its own dev (oracle); or a number")
+                        help="epoch to report: the last (default); the best on English dev (en, true zero-shot), on "
+                             "the mean of the other languages' dev (joint), for each language on its own dev (oracle); "
+                             "or a number")
     parser.add_argument("--batch-size", type=int, default=64, help="rows at once (default: 64)")
     group = parser.add_argument_group("a table")
     group.add_argument("--data", help="data set folder")
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
     group.add_argument("--out", help="folder for results.json and results.md")
-    group.add_argument("--max-rows", type=int, metavar="N", help="evaluate on N rows of each file, spread evenly (default: all)")
-    group.add_argument("--baseline", metavar="NAME", help="system to compare the others with (default: the first run's)")
+    group.add_argument("--max-rows", type=int, metavar="N",
+                       help="evaluate on N rows of each file, spread evenly (default: all)")
+    group.add_argument("--baseline", metavar="NAME",
+                       help="system to compare the others with (default: the first run's)")
     group.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default: 10000)")
     group = parser.add_argument_group("your own text, with one run")
-    group.add_argument("--input", metavar="TSV", help="file with a header text or text_a, text_b, and label where it is known")
-    group.add_argument("--predictions", metavar="TSV", help="file to write: the input with predictions and probabilities")
+    group.add_argument("--input", metavar="TSV",
+                       help="file with a header text or text_a, text_b, and label where it is known")
+    group.add_argument("--predictions", metavar="TSV",
+                       help="file to write: the input with predictions and probabilities")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"last|en|joint|oracle|\d+", args.epoch):
         parser.error(f"--epoch {args.epoch}: expected last, en, joint, oracle or a number")
@@ -292,10 +311,12 @@ def main(argv=None):
     if args.input is not None:
         label_input(args.runs[0], args.epoch, args.input, args.predictions, args.batch_size)
         return 0
-    results = compare(args.runs, args.data, args.split, args.epoch, args.baseline, args.max_rows, args.batch_size, args.resamples)
+    results = compare(args.runs, args.data, args.split, args.epoch, args.baseline, args.max_rows, args.batch_size,
+                      args.resamples)
     if is_xnli(args.data):
         for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
-            results[key] = {name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)} for name, values in table.items()}
+            results[key] = {name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}
+                            for name, values in table.items()}
     text = report(results)
     write_json(Path(args.out) / "results.json", results)
     with write_atomic(Path(args.out) / "results.md") as file:

@@ -70,7 +70,7 @@ class PartFiles:
         if not self.counter.exists():
             for path in self.parts:
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a bus error on a later row
+                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a bus error later
                     with open(path, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with write_atomic(self.counter, "wb") as file:
@@ -99,7 +99,8 @@ def parse_args(argv):
     group.add_argument("--model", required=True, help="encoder: hub name or folder")
     group.add_argument("--data", required=True, help="data set folder (python data.py --help)")
     group.add_argument("--out", required=True, help="feature folder to write")
-    group.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the files (default: float16)")
+    group.add_argument("--dtype", choices=["float16", "float32"], default="float16",
+                       help="of the files (default: float16)")
     group.add_argument("--overwrite", action="store_true", help="delete what is in OUT and start anew")
     group = parser.add_argument_group("the forward pass")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
@@ -141,8 +142,9 @@ def main(argv=None):
             return 0
         total = sum(len(rows.labels) for rows in data.values())
         if rank == 0:
-            print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, {args.dtype}, "
-                  f"{manifest['precision']} products on " + (f"{world} processes" if world > 1 else str(device)))
+            print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, "
+                  f"{args.dtype}, {manifest['precision']} products on "
+                  + (f"{world} processes" if world > 1 else str(device)))
         with progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
             for stem, rows in data.items():
                 bar.set_description(stem)
@@ -155,13 +157,15 @@ def main(argv=None):
                 files = PartFiles(out, stem, (layers, len(rows.labels), hidden), args.dtype) if rank == 0 else None
                 done = agree(int(files.done[0]) if rank == 0 else 0)
                 bar.update(sum(len(batch) for batch in batches[:done]))
-                for start in range(done, len(batches), world):  # a round: each process takes one batch, the first writes all
+                for start in range(done, len(batches), world):  # a round: a batch a process, the first writes all
                     values = None
                     if start + rank < len(batches):
                         batch = collate(encoded, batches[start + rank], tokenizer.pad_token_id, args.max_length)
-                        values = to_dtype(pool_all(encoder, to_device(batch, device), dtype), args.dtype, f"{args.data}/{stem}.tsv")
+                        values = pool_all(encoder, to_device(batch, device), dtype)
+                        values = to_dtype(values, args.dtype, f"{args.data}/{stem}.tsv")
                     shape = (len(POOLINGS), layers, args.batch_size, hidden)
-                    for index, values in zip(batches[start:start + world], gather_batches(values, shape, args.dtype, device)):
+                    gathered = gather_batches(values, shape, args.dtype, device)
+                    for index, values in zip(batches[start:start + world], gathered):
                         files.write(index, values[:, :, :len(index)])
                         bar.update(len(index))
                 if rank == 0:

@@ -1,4 +1,4 @@
-"""What every script does with files: write them whole or not at all, go on after a stop, say in one sentence what is wrong.
+"""What all scripts do with files: write them whole or not at all, go on after a stop, say in a sentence what is wrong.
 
 Read by the scripts, run by none.
 """
@@ -122,11 +122,12 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
         old = read_json(folder / name, "complete")
         different = differences({key: old.get(key) for key in description}, description)
         if different:
-            raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. Give another --out, or "
-                            "--overwrite to delete it and start anew")
+            raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. "
+                            "Give another --out, or --overwrite to delete it and start anew")
         return old["complete"]
     elif strange := [path for path in there if not path.name.startswith(f".{name}.")]:  # not our own half-written one
-        raise UserError(f"{folder} holds {strange[0].name} but no {name}: give another --out, or --overwrite to delete it all")
+        raise UserError(f"{folder} holds {strange[0].name} but no {name}: "
+                        "give another --out, or --overwrite to delete it all")
     write_json(folder / name, {"complete": False, **description, **(extra or {})})
     return False
 
@@ -159,6 +160,6 @@ def markdown_table(header, rows):
     """A Markdown table whose columns are aligned as plain text too, the first to the left."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
-             for row in cells]
+    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -8,8 +8,8 @@ Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --l
         a second call with another --select takes a second, and a stopped search goes on), OUT/run.json.
 Paper   sections 1.1 (phase one) and 1.5. 255 combinations of layers 5..12, 3 poolings, 5 seeds: 3,825 models.
 
-All models of one pooling train together. With L layers, the M = 2^L subsets are numbered in binary: model m uses layer l
-if bit l of m is set (model 0 uses none and is not reported). Their weights for layer l stand side by side in one matrix,
+All models of one pooling train together. With L layers, the M = 2^L subsets are numbered in binary: model m has layer l
+if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in one matrix,
 so that a step is L matrix products, whatever M is, and no product is spent on a layer that a model does not use.
 """
 import argparse
@@ -54,8 +54,8 @@ class SubsetProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, = ctx.saved_tensors
-        return (None, None, *(torch.bmm(x[layer].transpose(1, 2), SubsetProducts.halves(gradient, layer, len(x)).flatten(2)
-                                        .to(x.dtype)).to(gradient.dtype) for layer in range(len(x))))
+        return (None, None, *(torch.bmm(x[layer].transpose(1, 2), SubsetProducts.halves(gradient, layer, len(x))
+                                        .flatten(2).to(x.dtype)).to(gradient.dtype) for layer in range(len(x))))
 
 
 def initial_weights(generators, layers, size, classes, hidden, dtype, device):
@@ -132,7 +132,8 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
             optimizer.step()
             progress()
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
-        raise UserError(f"the search's weights are not finite, its loss is {loss.item():.3g}: are the features sane, and is --lr {lr} not too high?")
+        raise UserError(f"the search's weights are not finite, its loss is {loss.item():.3g}: "
+                        f"are the features sane, and is --lr {lr} not too high?")
     return weights, rest
 
 
@@ -192,11 +193,13 @@ def parse_args(argv):
     group = parser.add_argument_group("the search")
     group.add_argument("--layers", type=int, nargs="+", default=list(range(5, 13)), metavar="K",
                        help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)")
-    group.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS), help="(default: max mean cls)")
+    group.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS),
+                       help="(default: max mean cls)")
     group.add_argument("--seeds", type=int, default=5, help="models of each combination (default: 5)")
     group.add_argument("--select", choices=["joint", "en", "test"], default="joint",
-                       help="rank by the mean of the non-English dev sets (default), by English dev (true zero-shot), or by the "
-                            "mean of the non-English test sets, as the paper did: its scores are then too high by the choice")
+                       help="rank by the mean of the non-English dev sets (default), by English dev (true zero-shot), "
+                            "or by the mean of the non-English test sets, as the paper did: its scores are then too "
+                            "high by the choice")
     group = parser.add_argument_group("each classifier")
     group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer (default: 0: none)")
     group.add_argument("--epochs", type=int, default=20, help="passes over the train rows (default: 20)")
@@ -219,31 +222,36 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
-    manifest = read_json(Path(args.features) / "manifest.json", "layers", "hidden_size", "labels", "inputs", "poolings", "complete")
+    manifest = read_json(Path(args.features) / "manifest.json",
+                         "layers", "hidden_size", "labels", "inputs", "poolings", "complete")
     if not manifest["complete"]:
         raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
     check_layers(args.layers, max(manifest["layers"]), "--layers")
     layers, seeds, classes = sorted(args.layers), list(range(args.seeds)), len(manifest["labels"])
-    stems = sorted((name.removesuffix(".tsv") for name in manifest["inputs"]), key=lambda s: (s[:3], not s.endswith(".en"), s))
+    stems = sorted((name.removesuffix(".tsv") for name in manifest["inputs"]),
+                   key=lambda s: (s[:3], not s.endswith(".en"), s))
     files = [stem for stem in stems if not stem.startswith("train.")]
     if "train.en" not in stems or not files:
-        raise UserError(f"{args.features}: the search needs train.en and a dev or test file, it holds {' '.join(stems)}")
+        raise UserError(f"{args.features}: the search needs train.en and a dev or test file, "
+                        f"it holds {' '.join(stems)}")
     if args.select not in columns_of(files):
         raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
     precision = pick_precision("fp32" if args.precision == "auto" and device.type == "cuda"
-                               and not torch.cuda.is_bf16_supported(including_emulation=False) else args.precision, device)
-    combinations = [tuple(layer for bit, layer in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
+                               and not torch.cuda.is_bf16_supported(including_emulation=False) else args.precision,
+                               device)
+    combinations = [tuple(k for bit, k in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
     shape = (len(files), len(combinations), classes, classes)
-    description = {**{key: getattr(args, key) for key in ("features", "seeds", "hidden", "epochs", "batch_size", "lr", "dropout")},
+    description = {**{key: getattr(args, key) for key in "features seeds hidden epochs batch_size lr dropout".split()},
                    "layers": layers, "poolings": args.poolings, "precision": str(precision).removeprefix("torch."),
                    "manifest": sha256(Path(args.features) / "manifest.json")}
     with claim(out) if rank == 0 else nullcontext():
         agree(rank == 0 and start_folder(out, "run.json", description, {"versions": versions()}, args.overwrite))
         if rank == 0:
-            print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} poolings x "
-                  f"{args.seeds} seeds = {len(combinations) * len(args.poolings) * args.seeds:,} models on "
+            print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} "
+                  f"poolings x {args.seeds} seeds = {len(combinations) * len(args.poolings) * args.seeds:,} models on "
                   f"{f'{world} processes' if world > 1 else device}, {description['precision']} products")
-        jobs = [(pooling, seed) for pooling in args.poolings for seed in seeds if not part_path(out, pooling, seed).exists()]
+        jobs = [(pooling, seed) for pooling in args.poolings for seed in seeds
+                if not part_path(out, pooling, seed).exists()]
         agree(0)  # all have looked before one writes
         mine = {}  # this process's share: {pooling: [seed, ...]}
         for pooling, seed in jobs[rank::world]:
@@ -253,12 +261,12 @@ def main(argv=None):
             for pooling, todo in mine.items():
                 bar.set_description(pooling)
                 start = time.perf_counter()
-                features, labels = load_features(args.features, manifest, "train.en", pooling, layers, precision, device)
-                models = train_models(features, labels, classes, todo, hidden=args.hidden, epochs=args.epochs, lr=args.lr,
+                train_set = load_features(args.features, manifest, "train.en", pooling, layers, precision, device)
+                models = train_models(*train_set, classes, todo, hidden=args.hidden, epochs=args.epochs, lr=args.lr,
                                       batch_size=args.batch_size, dropout=args.dropout, progress=bar.update)
-                tables = [confusion_matrices(*models, *load_features(args.features, manifest, stem, pooling, layers, precision,
-                                                                     device), classes) for stem in files]
-                tables = np.stack(tables)[:, :, 1:]                                            # (files, S, combinations, C, C)
+                tables = [confusion_matrices(*models, *load_features(args.features, manifest, stem, pooling, layers,
+                                                                     precision, device), classes) for stem in files]
+                tables = np.stack(tables)[:, :, 1:]                                     # (files, S, combinations, C, C)
                 seconds = (time.perf_counter() - start) / len(todo)
                 for i, seed in enumerate(todo):
                     with write_atomic(part_path(out, pooling, seed), "wb") as file:
@@ -267,12 +275,13 @@ def main(argv=None):
         if rank > 0:
             return 0
         parts = [[load_part(part_path(out, pooling, seed), shape) for seed in seeds] for pooling in args.poolings]
-        confusion = np.array([[part[0] for part in row] for row in parts]).transpose(0, 3, 1, 2, 4, 5)  # (P, M, S, F, C, C)
+        confusion = np.array([[p[0] for p in row] for row in parts]).transpose(0, 3, 1, 2, 4, 5)  # (P, M, S, F, C, C)
         text = write_grid(out, Results(confusion, args.poolings, combinations, files), manifest["labels"], args.select,
                           args.hidden, sum(part[1] for row in parts for part in row), manifest.get("model"))
         finish_folder(out, "run.json")
     best = read_json(out / "best.json")
-    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; written to {out}/")
+    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; "
+          f"written to {out}/")
     return 0
 
 

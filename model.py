@@ -60,8 +60,9 @@ def check_layers(layers, count, flag):
 
 def cut_after(encoder, layer):
     """Drop the blocks above `layer`: nothing that reads layers up to it can see the difference."""
-    if layer == 0 and encoder.config.model_type.startswith("deberta"):  # transformers' DeBERTa cannot run without a block
-        raise UserError(f"layer 0: {type(encoder).__name__} gives no states without a block; name a layer from 1 on as well")
+    if layer == 0 and encoder.config.model_type.startswith("deberta"):  # transformers' DeBERTa needs a block to run
+        raise UserError(f"layer 0: {type(encoder).__name__} gives no states without a block; "
+                        "name a layer from 1 on as well")
     del blocks(encoder)[layer:]
     encoder.config.num_hidden_layers = layer  # DistilBERT's n_layers is an alias of it
 
@@ -144,8 +145,9 @@ def load_tokenizer(name):
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where the files are missing
-        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: it has no vocabulary (tokenizer.json or vocab.txt)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where files are missing
+        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: "
+                        "it has no vocabulary (tokenizer.json or vocab.txt)")
     return tokenizer
 
 
@@ -172,7 +174,7 @@ def load_encoder(name, top=None, attention=None):
 
 
 def model_identity(encoder, tokenizer, name):
-    """What tells a model from another: its name; the hub's commit, or the SHA-256 of its weight files; the tokenizer's."""
+    """What tells a model from another: its name; the hub's commit, or its weight files' SHA-256; the tokenizer's."""
     weights = [sha256(path) for path in sorted(Path(name).glob("*.safetensors"))]
     return {"model": str(name), "revision": " ".join(weights) or encoder.config._commit_hash,
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()}
@@ -207,10 +209,11 @@ def save_model(model, tokenizer, folder):
     try:
         model.encoder.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        own = {name: weight.contiguous() for name, weight in model.state_dict().items() if not name.startswith("encoder.")}
+        own = {key: weight.contiguous() for key, weight in model.state_dict().items() if not key.startswith("encoder.")}
         save_file(own, beside / "classifier.safetensors")
         settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
-        (beside / "classifier.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / "classifier.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n",
+                                                encoding="utf-8")
         os.chmod(beside, 0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -236,7 +239,8 @@ def load_model(folder):
         missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)
         wrong = unexpected + [key for key in missing if not key.startswith("encoder.")]
     except Exception as error:
-        raise UserError(f"{folder}: classifier.json and classifier.safetensors do not fit ({first_line(error)})") from None
+        raise UserError(f"{folder}: classifier.json and classifier.safetensors do not fit "
+                        f"({first_line(error)})") from None
     if wrong:
         raise UserError(f"{folder}: classifier.safetensors does not fit classifier.json: {wrong[0]}")
     return model, load_tokenizer(folder)
@@ -264,13 +268,14 @@ def agree(value):
     if not dist.is_initialized():
         return value
     shared = torch.tensor(float(value), device=pick_device())
+    dist.barrier()  # a broadcast alone does not hold the first process
     dist.broadcast(shared, 0)
     return type(value)(shared.item())
 
 
 def pick_device():
     """The GPU of this process where there is one, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def pick_precision(name, device):

@@ -1,13 +1,13 @@
 """The figures: what the search found, how fine-tuning went, which classes are confused.
 
-    python plot.py grid      grid/massive --out figures        # search-ranking, search-layers, search-single, search-worth
-    python plot.py training  runs/*       --out figures        # training-dev (and training-test with --split test)
-    python plot.py confusion grid/massive --out figures        # confusion
-    python plot.py differences results/xnli --out figures      # differences
+    python plot.py grid      grid/massive --out figures    # search-ranking, search-layers, search-single, search-worth
+    python plot.py training  runs/*       --out figures    # training-dev (and training-test with --split test)
+    python plot.py confusion grid/massive --out figures    # confusion
+    python plot.py differences results/xnli --out figures  # differences
 
 Reads   GRID/results.csv, GRID/confusion.*.csv; RUN/metrics.jsonl and RUN/run.json; RESULTS/results.json of evaluate.py.
-Writes  OUT/NAME.png, 300 dots an inch, as wide as a column or a page of a paper; colours that colour-blind readers can tell.
-        With --tensorboard DIR the figures go there too.
+Writes  OUT/NAME.png, 300 dots an inch, as wide as a column or a page of a paper; colours that colour-blind readers can
+        tell. With --tensorboard DIR the figures go there too.
 Paper   Figure 5; conclusions 1 and 3 to 6.
 """
 import argparse
@@ -30,11 +30,12 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS, LINES = "osD^vP*X", ["-", "--", "-.", ":"]
 COLUMN, PAGE = 3.4, 7.0  # inches
 plt.rcParams.update({"font.size": 7.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                     "axes.titlesize": 8, "figure.constrained_layout.use": True, "savefig.dpi": 300, "lines.linewidth": 1.1})
+                     "axes.titlesize": 8, "figure.constrained_layout.use": True, "savefig.dpi": 300,
+                     "lines.linewidth": 1.1})
 
 
 def save(figure, out, name, tensorboard=None):
-    """Write a figure beside its place, move it there whole, and say so; and into TensorBoard where a folder is given."""
+    """Write a figure beside its place, move it there whole and say so; and into TensorBoard where a folder is given."""
     path = Path(out) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
@@ -51,7 +52,7 @@ def save(figure, out, name, tensorboard=None):
 # --- the search --------------------------------------------------------------------------------------------------
 
 def read_grid(folder):
-    """results.csv -> {(pooling, layers): {column: scores over seeds, percent}}, and the columns in the paper's order."""
+    """results.csv -> {(pooling, layers): {column: scores over seeds, percent}}, and the columns in the file's order."""
     path = Path(folder) / "results.csv"
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -59,7 +60,8 @@ def read_grid(folder):
         columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
         grid = {}
         for row in rows:
-            entry = grid.setdefault((row["pooling"], tuple(map(int, row["layers"].split("+")))), {c: [] for c in columns})
+            key = row["pooling"], tuple(map(int, row["layers"].split("+")))
+            entry = grid.setdefault(key, {c: [] for c in columns})
             for column in columns:
                 entry[column].append(100 * float(row[column]))
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
@@ -69,7 +71,8 @@ def read_grid(folder):
 
 def foreign(entry, split):
     """Mean over the non-English languages of a split, for each seed."""
-    return np.mean([scores for column, scores in entry.items() if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
+    return np.mean([scores for column, scores in entry.items()
+                    if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
 
 
 def plot_grid(folder, save):
@@ -85,16 +88,19 @@ def plot_grid(folder, save):
     for pooling, marker in zip(poolings, MARKERS):
         mine = sorted((score[key] for key in score if key[0] == pooling), key=np.mean, reverse=True)
         mean, std = np.mean(mine, 1), np.std(mine, 1)
-        curve.plot(range(1, len(mean) + 1), mean, color=colors[pooling], label=pooling, marker=marker, markevery=max(1, len(mean) // 8), ms=3)
+        curve.plot(range(1, len(mean) + 1), mean, color=colors[pooling], label=pooling, marker=marker,
+                   markevery=max(1, len(mean) // 8), ms=3)
         curve.fill_between(range(1, len(mean) + 1), mean - std, mean + std, color=colors[pooling], alpha=0.15, lw=0)
-    curve.set(xlabel="rank of the combination within its pooling", ylabel=label, title="All combinations (band: std over seeds)")
+    curve.set(xlabel="rank of the combination within its pooling", ylabel=label,
+              title="All combinations (band: std over seeds)")
     curve.legend(ncols=len(poolings))
     best = sorted(score, key=lambda key: -score[key].mean())[:15]
     for i, key in enumerate(best):
-        top.errorbar(score[key].mean(), i, xerr=score[key].std(), color=colors[key[0]], marker=MARKERS[poolings.index(key[0])], ms=3, capsize=2)
+        top.errorbar(score[key].mean(), i, xerr=score[key].std(), color=colors[key[0]],
+                     marker=MARKERS[poolings.index(key[0])], ms=3, capsize=2)
         top.plot(score[key], np.full(len(score[key]), i), "|", color=colors[key[0]], ms=4, alpha=0.5)
-    top.set(yticks=range(len(best)), yticklabels=[f"{'+'.join(map(str, combination))}  {pooling}" for pooling, combination in best], xlabel="the same (%)",
-            title="The best 15 (bars: seeds)")
+    top.set(yticks=range(len(best)), xlabel="the same (%)", title="The best 15 (bars: seeds)",
+            yticklabels=[f"{'+'.join(map(str, combination))}  {pooling}" for pooling, combination in best])
     top.invert_yaxis()
     save(figure, "search-ranking")
 
@@ -104,7 +110,8 @@ def plot_grid(folder, save):
     for (p, i), value in np.ndenumerate(single):
         axis.text(i, p, f"{value:.1f}", ha="center", va="center", fontsize=6.5,
                   color="white" if value < (single.min() + single.max()) / 2 else "black")
-    axis.set(xticks=range(len(layers)), xticklabels=layers, yticks=range(len(poolings)), yticklabels=poolings, xlabel="single layer", title=label.replace("\n", " "))
+    axis.set(xticks=range(len(layers)), xticklabels=layers, yticks=range(len(poolings)), yticklabels=poolings,
+             xlabel="single layer", title=label.replace("\n", " "))
     axis.spines[:].set_visible(False)
     figure.colorbar(image, ax=axis, pad=0.02)
     save(figure, "search-layers")
@@ -114,7 +121,8 @@ def plot_grid(folder, save):
     for axis, pooling in zip(axes[0], poolings):
         for i, language in enumerate(languages):
             values = np.array([grid[pooling, (layer,)][f"{split}_{language}"] for layer in layers])
-            axis.errorbar(layers, values.mean(1), values.std(1), label=language, color=COLORS[i % 8], marker=MARKERS[i % 8], ms=3, ls=LINES[i % 4], elinewidth=0.6)
+            axis.errorbar(layers, values.mean(1), values.std(1), label=language, color=COLORS[i % 8],
+                          marker=MARKERS[i % 8], ms=3, ls=LINES[i % 4], elinewidth=0.6)
         axis.set(title=pooling, xlabel="single layer", xticks=layers)
     axes[0][0].set_ylabel(f"micro-F1 on {split} (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
@@ -123,11 +131,13 @@ def plot_grid(folder, save):
     figure, axis = plt.subplots(figsize=(COLUMN, 2.2))
     for p, pooling in enumerate(poolings):
         worth = [np.mean([score[k] for k in score if k[0] == pooling and layer in k[1]])
-                 - np.mean([score[k] for k in score if k[0] == pooling and layer not in k[1]] or [np.nan]) for layer in layers]
-        axis.bar(np.arange(len(layers)) + (p - (len(poolings) - 1) / 2) * 0.26, worth, 0.26, color=colors[pooling], label=pooling,
-                 hatch=["", "///", "..."][p % 3], edgecolor="white", lw=0.4)
+                 - np.mean([score[k] for k in score if k[0] == pooling and layer not in k[1]] or [np.nan])
+                 for layer in layers]
+        axis.bar(np.arange(len(layers)) + (p - (len(poolings) - 1) / 2) * 0.26, worth, 0.26, color=colors[pooling],
+                 label=pooling, hatch=["", "///", "..."][p % 3], edgecolor="white", lw=0.4)
     axis.axhline(0, color="black", lw=0.6)
-    axis.set(xticks=range(len(layers)), xticklabels=layers, xlabel="layer", ylabel="mean F1 with the layer\nless mean F1 without (points)")
+    axis.set(xticks=range(len(layers)), xticklabels=layers, xlabel="layer",
+             ylabel="mean F1 with the layer\nless mean F1 without (points)")
     axis.legend(ncols=len(poolings))
     save(figure, "search-worth")
 
@@ -137,7 +147,8 @@ def plot_confusion(folder, save):
     if not paths:
         raise UserError(f"{folder} holds no confusion.LANG.csv: run grid_search.py")
     columns = min(4, len(paths))
-    figure, axes = plt.subplots(math.ceil(len(paths) / columns), columns, figsize=(PAGE, 1.9 * math.ceil(len(paths) / columns)), squeeze=False)
+    lines = math.ceil(len(paths) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 1.9 * lines), squeeze=False)
     for axis in axes.flat[len(paths):]:
         axis.set_visible(False)
     for axis, language in zip(axes.flat, paper_order(paths)):
@@ -148,7 +159,8 @@ def plot_confusion(folder, save):
         axis.imshow(share, cmap="cividis", vmin=0, vmax=100)
         if len(names) <= 8:
             for (i, j), value in np.ndenumerate(share):
-                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white" if value < 50 else "black")
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=6,
+                          color="white" if value < 50 else "black")
             axis.set(xticks=range(len(names)), yticks=range(len(names)))
             axis.set_xticklabels(names, rotation=40, ha="right", rotation_mode="anchor", fontsize=6)
             axis.set_yticklabels(names if axis is axes.flat[0] or axis in axes[:, 0] else [], fontsize=6)
@@ -201,7 +213,8 @@ def plot_training(folders, split, save):
         axis.set_xlabel("epoch")
         axis.tick_params(labelbottom=True)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside upper center", ncols=4, title=f"Accuracy on {split} by language; dotted: layers frozen from here on"
+    figure.legend(loc="outside upper center", ncols=4,
+                  title=f"Accuracy on {split} by language; dotted: layers frozen from here on"
                   + "; band: lowest to highest seed" * (len(folders) > len(group_runs(folders, runs))))
     save(figure, f"training-{split}")
 
@@ -219,10 +232,11 @@ def plot_differences(folder, save):
         there = [i for i, language in enumerate(languages) if language in system["difference"]]
         entries = [system["difference"][languages[i]] for i in there]
         mean, low, high = (100 * np.array([entry[key] for entry in entries]) for key in ("difference", "low", "high"))
-        axis.errorbar(mean, np.array(there) + (s - (len(systems) - 1) / 2) * 0.22, xerr=[mean - low, high - mean], fmt=MARKERS[s % 8],
-                      color=COLORS[s % 8], ms=3.5, capsize=2, label=system["name"])
+        axis.errorbar(mean, np.array(there) + (s - (len(systems) - 1) / 2) * 0.22, xerr=[mean - low, high - mean],
+                      fmt=MARKERS[s % 8], color=COLORS[s % 8], ms=3.5, capsize=2, label=system["name"])
     axis.axvline(0, color="black", lw=0.6)
-    axis.set(yticks=range(len(languages)), yticklabels=languages, xlabel=f"accuracy less {results['baseline']}'s (points, 95 % interval)")
+    axis.set(yticks=range(len(languages)), yticklabels=languages,
+             xlabel=f"accuracy less {results['baseline']}'s (points, 95 % interval)")
     axis.invert_yaxis()
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     save(figure, "differences")
@@ -232,13 +246,15 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("grid", "grid folder of grid_search.py"), ("training", "run folders of train.py"),
-                       ("confusion", "grid folder of grid_search.py"), ("differences", "results folder of evaluate.py")):
+                       ("confusion", "grid folder of grid_search.py"),
+                       ("differences", "results folder of evaluate.py")):
         command = commands.add_parser(name, help=f"figures of a {what}")
         command.add_argument("folders", nargs="+" if name == "training" else 1, help=what)
         command.add_argument("--out", required=True, help="folder for the figures")
         command.add_argument("--tensorboard", metavar="DIR", help="write the figures as TensorBoard events there too")
         if name == "training":
-            command.add_argument("--split", choices=["dev", "test"], default="dev", help="(default: dev; test needs train.py --track-test)")
+            command.add_argument("--split", choices=["dev", "test"], default="dev",
+                                 help="(default: dev; test needs train.py --track-test)")
     return parser.parse_args(argv)
 
 
@@ -251,7 +267,8 @@ def main(argv=None):
     if args.command == "training":
         plot_training(args.folders, args.split, keep)
     else:
-        {"grid": plot_grid, "confusion": plot_confusion, "differences": plot_differences}[args.command](args.folders[0], keep)
+        plot = {"grid": plot_grid, "confusion": plot_confusion, "differences": plot_differences}[args.command]
+        plot(args.folders[0], keep)
     return 0
 
 

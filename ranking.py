@@ -23,34 +23,36 @@ class Results(NamedTuple):
 def micro_f1(confusion):
     """Micro-F1 from confusion matrices (..., C, C), as in the paper's section 1.5; here it equals accuracy."""
     true = np.trace(confusion, axis1=-2, axis2=-1)
-    precision = recall = true / np.maximum(confusion.sum((-2, -1)), 1)  # one label a row: false positives = false negatives
+    precision = recall = true / np.maximum(confusion.sum((-2, -1)), 1)  # one label a row: as many FP as FN
     return 2 * precision * recall / np.maximum(precision + recall, 1e-300)
 
 
 def macro_f1(confusion):
-    """Mean of the classes' F1 from confusion matrices (..., C, C); a class with neither rows nor predictions counts 0."""
+    """The classes' mean F1 from confusion matrices (..., C, C); a class with neither rows nor predictions counts 0."""
     true = np.diagonal(confusion, axis1=-2, axis2=-1)
     return (2 * true / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)).mean(-1)
 
 
 def columns_of(files):
     """The files whose mean each protocol ranks by: {"en": [index, ...], "joint": ..., "test": ...}, those there are."""
-    def where(split, english):
-        return [i for i, name in enumerate(files) if name.startswith(f"{split}.") and (name == f"{split}.en") == english]
+    def where(split, en):
+        return [i for i, name in enumerate(files) if name.startswith(f"{split}.") and (name == f"{split}.en") == en]
 
     groups = {"en": where("dev", True), "joint": where("dev", False), "test": where("test", False)}
     return {name: group for name, group in groups.items() if group}
 
 
 def rank(scores, combinations):
-    """Indices (p, m) of scores (P, M), best first; ties go to fewer layers, then to lower ones, then to the first pooling."""
-    return sorted(np.ndindex(scores.shape), key=lambda i: (-round(scores[i], 9), len(combinations[i[1]]), combinations[i[1]], i[0]))
+    """Indices (p, m) of scores (P, M), best first; ties go to fewer layers, then lower ones, then the first pooling."""
+    return sorted(np.ndindex(scores.shape), key=lambda i: (
+        -round(scores[i], 9), len(combinations[i[1]]), combinations[i[1]], i[0]))
 
 
 def choices(results):
     """What each protocol chooses, as indices (p, m): {"en", "joint", "test": ...} and the oracle's {language: ...}."""
     mean = micro_f1(results.confusion).mean(2)                                                  # (P, M, F)
-    chosen = {name: rank(mean[..., group].mean(-1), results.combinations)[0] for name, group in columns_of(results.files).items()}
+    chosen = {name: rank(mean[..., group].mean(-1), results.combinations)[0]
+              for name, group in columns_of(results.files).items()}
     oracle = {name.split(".")[1]: rank(mean[..., i], results.combinations)[0]
               for i, name in enumerate(results.files) if name.startswith("dev.")}
     return chosen, oracle
@@ -90,8 +92,10 @@ def summary(results, select, hidden, seconds):
         micros, macros = ([table[pick][:, i].mean() for pick, i in zip(picks[name], tests)] for table in (f1, macro))
         others = [k for k, i in enumerate(tests) if i in groups["test"]]
         p, m = picks[name][0]
-        protocols.append([name, "per language" if name == "oracle" else f"{poolings[p]} of {'+'.join(map(str, combinations[m]))}",
-                          *map(number, micros), number(np.mean([micros[k] for k in others])), number(np.mean([macros[k] for k in others]))])
+        choice = "per language" if name == "oracle" else f"{poolings[p]} of {'+'.join(map(str, combinations[m]))}"
+        protocols.append([name, choice, *map(number, micros), number(np.mean([micros[k] for k in others])),
+                          number(np.mean([macros[k] for k in others]))])
+    layer_columns = ["layer", "mean with it", "mean without it", "difference", *(f"alone: {p}" for p in poolings)]
     return f"""# The search
 
 {models:,} models ({len(combinations)} combinations x {len(poolings)} poolings x {f1.shape[2]} seeds\
@@ -106,9 +110,10 @@ Best single layer: {combinations[best_m][0]} ({poolings[best_p]}, {mean[best_p, 
 Best pooling, averaged over all combinations: {poolings[int(mean.mean(1).argmax())]} \
 ({', '.join(f'{pooling} {mean[p].mean():.2f}' for p, pooling in enumerate(poolings))}).
 
-{markdown_table(["layer", "mean with it", "mean without it", "difference", *(f"alone: {pooling}" for pooling in poolings)], worth)}
+{markdown_table(layer_columns, worth)}
 """ + (f"""
-What each protocol chooses, and its micro-F1 on the test sets. `en`: on English dev, true zero-shot; `joint`: on the mean of
+What each protocol chooses, and its micro-F1 on the test sets. `en`: on English dev, true zero-shot; \
+`joint`: on the mean of
 the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper did.
 
 {markdown_table(["protocol", "choice", *(files[i].split(".")[1] for i in tests), "paper F1", "macro-F1"], protocols)}

@@ -15,7 +15,7 @@ PAPER_LANGUAGES = "en zh es de ar ur".split()  # the columns of the paper's Tabl
 
 def paper_order(languages):
     """Languages in the order of the paper's Table 1, the others after them."""
-    return sorted(languages, key=lambda l: (PAPER_LANGUAGES.index(l) if l in PAPER_LANGUAGES else len(PAPER_LANGUAGES), l))
+    return sorted(languages, key=lambda l: ([*PAPER_LANGUAGES, l].index(l), l))
 
 
 def read_metrics(folder):
@@ -55,7 +55,7 @@ def choose_epochs(history, protocol, languages, folder):
         return max(history, key=lambda epoch: (score(history[epoch]), -epoch))
 
     there = history[max(history)]
-    needed = {"en": ["en"], "joint": [language for language in there if language != "en"], "oracle": languages}[protocol]
+    needed = {"en": ["en"], "joint": [l for l in there if l != "en"], "oracle": languages}[protocol]
     if not needed or not set(needed) <= set(there):
         raise UserError(f"--epoch {protocol}: {folder} was evaluated on dev in {' '.join(there)} alone")
     if protocol == "oracle":

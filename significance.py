@@ -10,7 +10,7 @@ import numpy as np
 
 
 def clusters_of(keys):
-    """Number the distinct keys (premises, say) in order of appearance: a list of N keys -> (N,) int64 and their count."""
+    """Number the distinct keys (premises, say) in order of appearance: N keys -> (N,) int64 and their count."""
     numbers = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys]), len(numbers)
 

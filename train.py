@@ -5,8 +5,8 @@
     python train.py --model bert-base-multilingual-uncased --data data/xnli --out runs/baseline --head pooler
 
 Reads   DATA/train.LANG.tsv and DATA/dev.*.tsv (test.*.tsv only with --track-test), and the encoder.
-Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the model after epoch K: the last one, and each
-        that is the best so far on some dev set), OUT/resume/. Stopped and started again with the same command it goes on.
+Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the model after epoch K: the last, and each
+        that is best so far on some dev set), OUT/resume/. Stopped and started again with the same command it goes on.
 Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 import argparse
@@ -37,7 +37,7 @@ from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, 
 # --- the pieces of a step ----------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, peak, schedule, warmup=0.1):
-    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then linear decay to 0 or constant."""
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then linear decay to 0 or constant."""
     ramp = max(1, round(steps * warmup))
     if step < ramp:
         return peak * (step + 1) / ramp
@@ -132,7 +132,7 @@ class State:
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.frozen = 0, []  # optimizer steps done; layers frozen
-        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: dev_scores()}; for automatic freezing
+        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: dev_scores()}; for auto freezing
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
 
     def freeze(self, layers):
@@ -235,8 +235,10 @@ def describe(model, count, freeze_layers, note, dtype, world):
     if freeze_layers:
         print(f"layers to freeze: {' '.join(map(str, freeze_layers))}")
     if noop:
-        print(f"freezing layer {' '.join(map(str, noop))} is a no-op: it is above the highest layer pooled and was cut off")
-    where = f"{world} processes on {next(model.parameters()).device.type}" if world > 1 else next(model.parameters()).device
+        print(f"freezing layer {' '.join(map(str, noop))} is a no-op: "
+              "it is above the highest layer pooled and was cut off")
+    device = next(model.parameters()).device
+    where = f"{world} processes on {device.type}" if world > 1 else device
     print(f"{trainable(model):,} parameters to train; {str(dtype).removeprefix('torch.')} products, {where}")
 
 
@@ -258,8 +260,8 @@ def record(state, scores, epoch, rate, speed, out, writer):
     for (split, language), (accuracy, loss) in scores.items():
         state.metrics.append({
             "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4), "step": state.step, "split": split,
-            "language": language, "accuracy": accuracy, "loss": loss, "lr": rate, "frozen_layers": state.frozen if not state.freeze_lr else [],
-            "examples_per_second": round(speed, 1)})
+            "language": language, "accuracy": accuracy, "loss": loss, "lr": rate,
+            "frozen_layers": state.frozen if not state.freeze_lr else [], "examples_per_second": round(speed, 1)})
         if split != "train":
             writer.add_scalar(f"accuracy/{split}/{language}", accuracy, state.step)
             writer.add_scalar(f"loss/{split}/{language}", loss, state.step)
@@ -295,8 +297,9 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
         state.freeze(freeze_layers)
         wrapped = wrap(model, world)
         if rank == 0:
-            tqdm.write(f"{why}: layers {' '.join(map(str, freeze_layers))} are {'slowed down' if state.freeze_lr else 'frozen'} "
-                       f"from here on, {trainable(model):,} parameters to train")
+            done = "slowed down" if state.freeze_lr else "frozen"
+            tqdm.write(f"{why}: layers {' '.join(map(str, freeze_layers))} are {done} from here on, "
+                       f"{trainable(model):,} parameters to train")
 
     for epoch in range(state.step // per_epoch, epochs):
         for rows in train_batches(train_set.lengths, batch_size, seed, epoch)[state.step - epoch * per_epoch:]:
@@ -304,8 +307,8 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
                 freeze_now(f"{epoch} epochs done")
             rate = learning_rate(state.step, epochs * per_epoch, lr, schedule)
             torch.manual_seed((seed * 1_000_003 + state.step) * 1024 + rank)  # dropout's numbers
-            batches = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
-            loss, right = train_step(wrapped, state.optimizer, rate, state.scaler, batches, len(rows), dtype, clip, world)
+            parts = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
+            loss, right = train_step(wrapped, state.optimizer, rate, state.scaler, parts, len(rows), dtype, clip, world)
             state.totals += torch.stack([loss.double(), right.double(), torch.tensor(len(rows[rank::world])).to(loss)])
             state.step += 1
 
@@ -313,7 +316,8 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             bar.update()
             ends = state.step == (epoch + 1) * per_epoch
             evaluates, saves = (ends or n and state.step % n == 0 for n in (eval_steps, save_steps))
-            saves = saves or stop.asked()
+            asked = stop.asked()  # in every process, at every step: it is a collective
+            saves = saves or asked
             if not (evaluates or saves or state.step % log_steps == 0):
                 continue
             loss_sum, right_sum, row_sum = total_over_processes(state.totals)
@@ -344,10 +348,10 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             if saves and rank == 0:
                 state.save(out)
             agree(0)  # no process runs ahead of a save
-            if stop.number and state.step < epochs * per_epoch:
+            if asked and state.step < epochs * per_epoch:
                 bar.close()
                 stop.restore()
-                return stop.number
+                return asked
             since, clock = state.step, time.perf_counter()
     bar.close()
     stop.restore()
@@ -357,8 +361,8 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
 def log_train(writer, bar, step, loss, accuracy, rate, speed):
     """Show how training goes on the progress bar and in TensorBoard."""
     bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{100 * accuracy:.1f}", lr=f"{rate:.1e}", refresh=False)
-    for tag, value in (("train/loss", loss), ("train/accuracy", accuracy), ("lr", rate), ("examples per second", speed)):
-        writer.add_scalar(tag, value, step)
+    for tag, v in (("train/loss", loss), ("train/accuracy", accuracy), ("lr", rate), ("examples per second", speed)):
+        writer.add_scalar(tag, v, step)
 
 
 def parse_args(argv):
@@ -377,27 +381,35 @@ def parse_args(argv):
     group = parser.add_argument_group("the classifier")
     group.add_argument("--head", choices=["layers", "pooler"], default="layers",
                        help="pooled states of chosen layers (default), or BERT's own [CLS] pooler, the baseline")
-    group.add_argument("--layers", type=int, nargs="+", metavar="K", help="layers to pool, 0 is the embeddings (default: 6 8 11)")
+    group.add_argument("--layers", type=int, nargs="+", metavar="K",
+                       help="layers to pool, 0 is the embeddings (default: 6 8 11)")
     group.add_argument("--pooling", choices=POOLINGS, help="over the tokens (default: max)")
-    group.add_argument("--layers-from", metavar="FILE", help="take --layers and --pooling from the best.json of grid_search.py")
+    group.add_argument("--layers-from", metavar="FILE",
+                       help="take --layers and --pooling from the best.json of grid_search.py")
     group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
-    group.add_argument("--encoder-dropout", type=float, metavar="P", help="inside the encoder (default: what its configuration says)")
-    group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer in the classifier (default: 0: none)")
+    group.add_argument("--encoder-dropout", type=float, metavar="P",
+                       help="inside the encoder (default: what its configuration says)")
+    group.add_argument("--hidden", type=int, default=0,
+                       help="units of a hidden layer in the classifier (default: 0: none)")
     group = parser.add_argument_group("freezing on the go")
     group.add_argument("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
-                       help="freeze exactly these layers, 0 is the embeddings (the paper: 9 11 12); needs --freeze-epoch")
+                       help="freeze exactly these layers, 0 is the embeddings (the paper: 9 11 12); needs "
+                            "--freeze-epoch")
     group.add_argument("--freeze-epoch", metavar="N|auto",
-                       help="freeze once N epochs are done (the paper: 2; 0: from the start), or at the first evaluation whose "
-                            "mean accuracy on the non-English dev sets falls below the best so far (auto: that looks at labels "
-                            "in the target languages, so it is the joint protocol, not zero-shot)")
+                       help="freeze once N epochs are done (the paper: 2; 0: from the start), or at the first "
+                            "evaluation whose mean accuracy on the non-English dev sets falls below the best so far "
+                            "(auto: that looks at labels in the target languages, so it is the joint protocol, not "
+                            "zero-shot)")
     group.add_argument("--freeze-lr", type=float, default=0.0, metavar="F",
-                       help="a control: instead of freezing, go on with those layers at F times the learning rate (default: 0: freeze)")
+                       help="a control: instead of freezing, go on with those layers at F times the learning rate "
+                            "(default: 0: freeze)")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=5, help="passes over the train rows (default: 5)")
     group.add_argument("--lr", type=float, default=2e-5, help="Adam's highest learning rate (default: 2e-5)")
     group.add_argument("--schedule", choices=["linear", "constant"], default="linear",
                        help="after 10 %% of the steps of linear warm-up: linear decay to 0 (default), or constant")
-    group.add_argument("--batch-size", type=int, default=32, help="rows an optimizer step, over all processes (default: 32)")
+    group.add_argument("--batch-size", type=int, default=32,
+                       help="rows an optimizer step, over all processes (default: 32)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N",
                        help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices alone (default: 0)")
@@ -405,12 +417,17 @@ def parse_args(argv):
     group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
-    group.add_argument("--seed", type=int, default=0, help="of the classifier's weights, row order and dropout (default: 0)")
+    group.add_argument("--seed", type=int, default=0,
+                       help="of the classifier's weights, row order and dropout (default: 0)")
     group = parser.add_argument_group("evaluating and saving")
-    group.add_argument("--eval-steps", type=int, default=0, metavar="N", help="evaluate every N steps too, not only each epoch")
-    group.add_argument("--save-steps", type=int, default=0, metavar="N", help="save the state every N steps too (default: each epoch)")
-    group.add_argument("--keep-epochs", type=int, nargs="+", default=[], metavar="K", help="keep the models after these epochs too")
-    group.add_argument("--log-steps", type=int, default=50, metavar="N", help="log train loss every N steps (default: 50)")
+    group.add_argument("--eval-steps", type=int, default=0, metavar="N",
+                       help="evaluate every N steps too, not only each epoch")
+    group.add_argument("--save-steps", type=int, default=0, metavar="N",
+                       help="save the state every N steps too (default: each epoch)")
+    group.add_argument("--keep-epochs", type=int, nargs="+", default=[], metavar="K",
+                       help="keep the models after these epochs too")
+    group.add_argument("--log-steps", type=int, default=50, metavar="N",
+                       help="log train loss every N steps (default: 50)")
     group.add_argument("--eval-batch-size", type=int, default=64, help="rows at once in evaluation (default: 64)")
     args = parser.parse_args(argv)
     if args.layers_from and (args.layers or args.pooling):
@@ -423,21 +440,25 @@ def parse_args(argv):
         if not args.freeze_epoch.isdecimal():
             parser.error(f"--freeze-epoch {args.freeze_epoch}: expected a number of epochs, 0 or more, or auto")
         args.freeze_epoch = int(args.freeze_epoch)
-    for name, lowest in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_batch_size", 1), ("log_steps", 1), ("hidden", 0),
-                         ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1), ("max_eval_rows", 1)):
+    for name, lowest in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_batch_size", 1), ("log_steps", 1),
+                         ("hidden", 0), ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1),
+                         ("max_eval_rows", 1)):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
     if args.freeze_lr and not args.freeze_layers or not 0 <= args.freeze_lr < 1:
-        parser.error(f"--freeze-lr {args.freeze_lr}: expected a factor from 0 to 1, with --freeze-layers and --freeze-epoch")
-    for name, fits, allowed in (("dropout", lambda v: 0 <= v < 1, "0 <= --dropout < 1"), ("lr", lambda v: v > 0, "--lr > 0"),
+        parser.error(f"--freeze-lr {args.freeze_lr}: expected a factor from 0 to 1, "
+                     "with --freeze-layers and --freeze-epoch")
+    for name, fits, allowed in (("dropout", lambda v: 0 <= v < 1, "0 <= --dropout < 1"),
+                                ("lr", lambda v: v > 0, "--lr > 0"),
                                 ("encoder_dropout", lambda v: 0 <= v < 1, "0 <= --encoder-dropout < 1"),
-                                ("clip", lambda v: v > 0, "--clip > 0"), ("weight_decay", lambda v: v >= 0, "--weight-decay >= 0")):
+                                ("clip", lambda v: v > 0, "--clip > 0"),
+                                ("weight_decay", lambda v: v >= 0, "--weight-decay >= 0")):
         if getattr(args, name) is not None and not fits(getattr(args, name)):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {allowed}")
     if args.layers_from:
         best = read_json(args.layers_from, "layers", "pooling")
         args.layers, args.pooling = best["layers"], best["pooling"]
-        if not isinstance(args.layers, list) or not args.layers or not all(type(layer) is int for layer in args.layers) \
+        if not isinstance(args.layers, list) or not args.layers or not all(type(k) is int for k in args.layers) \
                 or args.pooling not in POOLINGS:
             raise UserError(f"{args.layers_from}: expected a list of layer numbers and one of {', '.join(POOLINGS)}, "
                             f"got {args.layers!r} and {args.pooling!r}")
@@ -457,12 +478,14 @@ def main(argv=None):
     sets = [("dev", language) for language in split_languages(args.data, "dev")]
     sets += [("test", language) for language in split_languages(args.data, "test") if args.track_test]
     if not sets or args.freeze_epoch == "auto" and not any(key[0] == "dev" and key[1] != "en" for key in sets):
-        raise UserError(f"{args.data} has no dev file" + " in another language than English, which --freeze-epoch auto needs" * bool(sets))
+        raise UserError(f"{args.data} has no dev file"
+                        + " in another language than English, which --freeze-epoch auto needs" * bool(sets))
     files = [f"train.{args.train_language}.tsv", *(f"{split}.{language}.tsv" for split, language in sets)]
     train_rows = read_split(args.data, "train", args.train_language, labels)
-    description = {"arguments": {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "log_steps")},
-                   **model_identity(model.encoder, tokenizer, args.model), "labels": labels, "data": fingerprint(args.data, files),
-                   "precision": str(dtype).removeprefix("torch."), "processes": world}
+    description = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "log_steps")},
+                   **model_identity(model.encoder, tokenizer, args.model), "labels": labels,
+                   "data": fingerprint(args.data, files), "precision": str(dtype).removeprefix("torch."),
+                   "processes": world}
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     with claim(out) if rank == 0 else nullcontext():
         if agree(rank == 0 and start_folder(out, "run.json", description, {"versions": versions(), "command": command},
@@ -486,19 +509,21 @@ def main(argv=None):
                 if path.name not in map(str, {*wanted, *args.keep_epochs}):
                     shutil.rmtree(path)
 
-        names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size eval_steps "
-                 "save_steps log_steps seed").split()
+        names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size "
+                 "eval_steps save_steps log_steps seed").split()
         number = fit(state, encoded(train_rows, args.max_train_rows),
             {key: encoded(read_split(args.data, *key, labels), args.max_eval_rows) for key in sets}, out, keep,
             pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
         if number:
             if rank == 0:
-                print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; to go on:\n{command}")
+                print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; "
+                      f"to go on:\n{command}")
             return 128 + number
         if rank == 0:
             finish_folder(out, "run.json")
             best = best_epochs(state.history)
-            print(f"{out}: done; best epoch " + ", ".join(f"{epoch} by {name}" for name, epoch in best.items() if name in ("en", "joint")))
+            print(f"{out}: done; best epoch "
+                  + ", ".join(f"{epoch} by {name}" for name, epoch in best.items() if name in ("en", "joint")))
     return 0
 
 

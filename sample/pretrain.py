@@ -7,8 +7,8 @@ pairs of translations (TLM).
 Reads   DATA/SPLIT.LANG.tsv (a data set folder whose files are row-parallel), and the WordPiece vocabulary; where VOCAB
         does not exist it is trained on DATA first. The trainer gives another one each time: keep the file.
 Writes  OUT/model.safetensors (float16), OUT/config.json, the tokenizer, OUT/pretrain.json (command, loss, seconds).
-Follows Lample and Conneau (2019), section 3.3, with BERT's masking; 12 blocks, so that layer numbers mean what they mean in
-        the paper. The same vocabulary, seed and number of threads give the same weights on the same machine.
+Follows Lample and Conneau (2019), section 3.3, with BERT's masking; 12 blocks, so that layer numbers mean what they
+        mean in the paper. The same vocabulary, seed and number of threads give the same weights on the same machine.
 """
 import argparse
 import shlex
@@ -32,9 +32,10 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def train_vocabulary(path, texts, size):
-    """Train a lower-casing, accent-stripping WordPiece vocabulary of `size` pieces, as M-BERT uncased has, and write it."""
+    """Train and write a lower-casing, accent-stripping WordPiece vocabulary of `size` pieces, as M-BERT uncased has."""
     trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(texts, vocab_size=size, min_frequency=2, limit_alphabet=size // 2, special_tokens=SPECIAL)
+    trainer.train_from_iterator(texts, vocab_size=size, min_frequency=2, limit_alphabet=size // 2,
+                                special_tokens=SPECIAL)
     pieces = trainer.get_vocab()
     with write_atomic(path) as file:
         file.writelines(f"{piece}\n" for piece in sorted(pieces, key=pieces.get))
@@ -43,7 +44,7 @@ def train_vocabulary(path, texts, size):
 def examples(encoded, random, pairs):
     """Endless training examples: (ids, where the second text begins). A share `pairs` of them are TLM's.
 
-    encoded: one Encoded for each language, row-parallel. A pair is a row in one language and its translation in another.
+    encoded: an Encoded for each language, row-parallel. A pair is a row in one language and its translation in another.
     """
     def row(language, i):
         return encoded[language].ids[encoded[language].starts[i]:encoded[language].starts[i + 1]]
@@ -73,14 +74,15 @@ def batches(stream, random, tokens, limit, pool=4096):
                 ready.append((width, waiting.pop(width)))
         for k in random.permutation(len(ready)):
             width, group = ready[k]
-            yield np.stack([np.pad(ids, (0, width - len(ids))) for ids, _ in group]), np.array([second for _, second in group])
+            yield (np.stack([np.pad(ids, (0, width - len(ids))) for ids, _ in group]),
+                   np.array([second for _, second in group]))
 
 
 def mask_tokens(ids, random, vocabulary, rate, mask_id):
     """BERT's masking: `rate` of the real tokens are predicted; 80 % become [MASK], 10 % another piece, 10 % stay.
 
-    ids (B, T) -> changed ids (B, T), flat positions (K,) and what stood there (K,); K is a multiple of 32, so that there
-    are few shapes.
+    ids (B, T) -> changed ids (B, T), flat positions (K,) and what stood there (K,); K is a multiple of 32, so that
+    there are few shapes.
     """
     real = np.flatnonzero(ids >= len(SPECIAL))
     count = max(32, int(rate * len(real)) // 32 * 32)
@@ -104,7 +106,8 @@ def parse_args(argv):
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: 4)")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: 3000)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step, padding included (default: 4096)")
-    parser.add_argument("--pairs", type=float, default=0.8, help="share of examples that are translation pairs (default: 0.8)")
+    parser.add_argument("--pairs", type=float, default=0.8,
+                        help="share of examples that are translation pairs (default: 0.8)")
     parser.add_argument("--mask-rate", type=float, default=0.4,
                         help="share of tokens predicted: high, so that a translation has to be read (default: 0.4)")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (default: 2e-3)")
@@ -119,23 +122,25 @@ def main(argv=None):
     dtype = pick_precision("auto", device)
     labels, languages = read_labels(args.data), split_languages(args.data, args.split)
     if len(languages) < 2:
-        raise UserError(f"{args.data} has {args.split} in {' '.join(languages) or 'no language'}: two or more are needed")
+        raise UserError(f"{args.data} has {args.split} in {' '.join(languages) or 'no language'}: "
+                        "two or more are needed")
     rows = [read_split(args.data, args.split, language, labels) for language in languages]
     if len({tuple(part.labels) for part in rows}) > 1:
         raise UserError(f"{args.data}: the {args.split} files are not row-parallel, their labels differ")
     if not Path(args.vocab).exists():
-        train_vocabulary(args.vocab, [text for part in rows for text in part.text_a + (part.text_b or [])], args.vocab_size)
+        texts = [text for part in rows for text in part.text_a + (part.text_b or [])]
+        train_vocabulary(args.vocab, texts, args.vocab_size)
     tokenizer = BertTokenizer(vocab=args.vocab, do_lower_case=True, model_max_length=args.max_length)
     encoded = [encode(tokenizer, part, args.max_length) for part in rows]
 
     torch.manual_seed(args.seed)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.blocks,
-                        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size,
-                        max_position_embeddings=args.max_length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+                        num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size, hidden_dropout_prob=0.0,
+                        max_position_embeddings=args.max_length, attention_probs_dropout_prob=0.0)
     model = BertForMaskedLM._from_config(config, attn_implementation="eager").to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, anneal_strategy="linear",
-                                                   cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1,
+                                                   anneal_strategy="linear", cycle_momentum=False)
     random = np.random.default_rng(args.seed)
     stream = batches(examples(encoded, random, args.pairs), random, args.tokens, args.max_length)
     seen, losses = 0, []
@@ -166,11 +171,12 @@ def main(argv=None):
     tokenizer.save_pretrained(args.out)
     seconds = time.perf_counter() - start
     write_json(Path(args.out) / "pretrain.json", {
-        "command": shlex.join(["python", "sample/pretrain.py", *(sys.argv[1:] if argv is None else argv)]), "languages": languages,
-        "rows": len(rows[0].text_a), "tokens": seen, "seconds": round(seconds), "threads": torch.get_num_threads(),
-        "loss": round(float(np.mean(losses[-5:])), 4), "inputs": fingerprint(args.data, [f"{args.split}.{l}.tsv" for l in languages]),
-        "versions": versions()})
-    print(f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, {seen / 1e6:.1f}M tokens, {seconds:.0f} s")
+        "command": shlex.join(["python", "sample/pretrain.py", *(sys.argv[1:] if argv is None else argv)]),
+        "languages": languages, "rows": len(rows[0].text_a), "tokens": seen, "seconds": round(seconds),
+        "threads": torch.get_num_threads(), "loss": round(float(np.mean(losses[-5:])), 4),
+        "inputs": fingerprint(args.data, [f"{args.split}.{l}.tsv" for l in languages]), "versions": versions()})
+    print(f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, {seen / 1e6:.1f}M tokens, "
+          f"{seconds:.0f} s")
     return 0
 
 
