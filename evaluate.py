@@ -97,11 +97,13 @@ def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
     for name in dict.fromkeys([protocol, "last", "en", "joint", "oracle"]):
         try:
             epochs = choose_epochs(history, name, languages, folder)
-            logits = run_logits(folder, run, epochs, data, split, max_rows, batch_size)
         except UserError:
             if name == protocol:
                 raise
-            continue  # that protocol's dev sets or epochs are not there
+            continue  # that protocol's dev sets are not there
+        if name != protocol and not all((Path(folder) / "epochs" / str(k)).is_dir() for k in epochs.values()):
+            continue  # its epoch was not kept
+        logits = run_logits(folder, run, epochs, data, split, max_rows, batch_size)
         right = {language: values.argmax(1) == truth[language] for language, values in logits.items()}
         protocols[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
         if name == protocol:

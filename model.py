@@ -7,7 +7,6 @@ Layers are numbered alike everywhere: 0 is the embedding output, k is the output
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import collate, sorted_batches
-from files import UserError, read_json, sha256
+from files import UserError, read_json, sha256, write_json
 
 POOLINGS = ("max", "mean", "cls")
 
@@ -212,8 +211,7 @@ def save_model(model, tokenizer, folder):
         own = {key: weight.contiguous() for key, weight in model.state_dict().items() if not key.startswith("encoder.")}
         save_file(own, beside / "classifier.safetensors")
         settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
-        (beside / "classifier.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n",
-                                                encoding="utf-8")
+        write_json(beside / "classifier.json", settings)
         os.chmod(beside, 0o755)
         if folder.exists():
             shutil.rmtree(folder)

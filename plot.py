@@ -13,7 +13,6 @@ Paper   Figure 5; conclusions 1 and 3 to 6.
 import argparse
 import csv
 import math
-import os
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from files import UserError, cli, read_json
+from files import UserError, cli, read_json, write_atomic
 from runs import group_runs, paper_order, read_metrics
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
@@ -37,10 +36,8 @@ plt.rcParams.update({"font.size": 7.5, "axes.spines.top": False, "axes.spines.ri
 def save(figure, out, name, tensorboard=None):
     """Write a figure beside its place, move it there whole and say so; and into TensorBoard where a folder is given."""
     path = Path(out) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    with write_atomic(path, "wb") as file:
+        figure.savefig(file, format="png")
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
         with SummaryWriter(tensorboard) as writer:

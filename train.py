@@ -257,18 +257,19 @@ def total_over_processes(totals):
 
 def record(state, scores, epoch, rate, speed, out, writer):
     """Add an evaluation's rows to metrics.jsonl and to TensorBoard, and print it as one line."""
+    frozen = [] if state.freeze_lr else state.frozen
     for (split, language), (accuracy, loss) in scores.items():
         state.metrics.append({
             "epoch": int(epoch) if epoch == int(epoch) else round(epoch, 4), "step": state.step, "split": split,
             "language": language, "accuracy": accuracy, "loss": loss, "lr": rate,
-            "frozen_layers": state.frozen if not state.freeze_lr else [], "examples_per_second": round(speed, 1)})
+            "frozen_layers": frozen, "examples_per_second": round(speed, 1)})
         if split != "train":
             writer.add_scalar(f"accuracy/{split}/{language}", accuracy, state.step)
             writer.add_scalar(f"loss/{split}/{language}", loss, state.step)
     with write_atomic(out / "metrics.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in state.metrics)
-    writer.add_scalar("frozen layers", len(state.frozen), state.step)
-    writer.add_text("frozen layers", " ".join(map(str, state.frozen)) or "none", state.step)
+    writer.add_scalar("frozen layers", len(frozen), state.step)
+    writer.add_text("frozen layers", " ".join(map(str, frozen)) or "none", state.step)
     writer.flush()
     shown = {}
     for (split, language), (accuracy, _) in scores.items():
