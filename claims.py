@@ -18,11 +18,29 @@ import train
 from data import read_labels, read_split, split_languages
 from evaluate import run_logits
 from files import UserError, cli, markdown_table, write_atomic, write_json
-from plot import foreign, read_grid
+from ranking import foreign, read_grid
 from runs import paper_order, read_run
-from significance import bootstrap_difference, clusters_of
+from significance import bootstrap_difference, premise_clusters
 
 MARGIN = 0.01  # "does not help" means: helps by less than this, with 95 % confidence
+
+
+def controls(layers, pooling, freeze, freeze_epoch, epochs):
+    """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
+    chosen = ["--layers", *layers, "--pooling", pooling]
+    found = {f"wf-epoch-{n}": ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n],
+                               f"frozen after {n} epochs" if n != "auto" else "frozen at the first fall on joint dev",
+                               "mc-bert-wf")
+             for n in (1, 3, "auto") if str(n) != freeze_epoch and (n == "auto" or n < epochs)}
+    found["wf-lowest"] = ([*chosen, "--freeze-layers", *range(7), "--freeze-epoch", freeze_epoch],
+                          "embeddings and lowest 6 frozen instead", "mc-bert-wf")
+    found["wf-random"] = ([*chosen, "--random-freeze", len(freeze), "--freeze-epoch", freeze_epoch],
+                          f"{len(freeze)} random layers frozen instead", "mc-bert-wf")
+    found["wf-slower"] = ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", freeze_epoch, "--freeze-lr", 0.1],
+                          "a tenth of the learning rate instead of frozen", "mc-bert-wf")
+    found["random-layers"] = (["--random-layers", len(layers), "--pooling", pooling],
+                              f"{len(layers)} random layers pooled instead", "mc-bert")
+    return found
 
 
 def systems(layers, pooling, freeze, freeze_epoch, hidden, epochs):
@@ -71,8 +89,11 @@ def verdict(low, high, by_seed, way):
     return "not supported" if high < 0 and max(by_seed) < 0 else "undecided"
 
 
+WORDS = {"supported": "better", "not supported": "worse", "undecided": "undecided"}  # a control claims nothing
+
+
 def phase_one(grid):
-    """What the search says on conclusions 3, 4, 5 and 8, as Markdown lines (mean F1 of the non-English test sets)."""
+    """What the search says on conclusions 3, 4 and 5, as Markdown lines (mean F1 of the non-English test sets)."""
     scores = {key: foreign(entry, "test").mean() for key, entry in read_grid(grid)[0].items()}
     poolings = {p: np.mean([s for (pooling, _), s in scores.items() if pooling == p])
                 for p in dict.fromkeys(p for p, _ in scores)}
@@ -110,14 +131,14 @@ def compare(a, b, clusters, english, resamples):
                    "by_seed": both[:, :, i].mean(1).tolist()} for i, name in enumerate(("en", "others"))}
 
 
-def report(rows, args, count):
-    """claims.json's rows as Markdown."""
+def report(rows, data, model, seeds, split, count):
+    """claims.json's rows as Markdown; `count` languages beside English."""
     def interval(entry):
         return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
     lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
               interval(row["en"]), row["verdict"]] for row in rows]
-    return (f"# The paper's conclusions on {args.data}\n\nModel {args.model}, {args.seeds} seeds, {args.split} set, "
+    return (f"# The paper's conclusions on {data}\n\nModel {model}, {seeds} seeds, {split} set, "
             f"{count} other languages. Differences of accuracy in points with the 95 % interval of the test rows "
             "(clustered by premise); the verdict is on the other languages' mean. Better: supported when the interval "
             "and every seed are above 0, not supported when all are below. No gain: supported when the interval is "
@@ -133,6 +154,8 @@ def parse_args(argv):
     parser.add_argument("--data", required=True, help="data set folder")
     parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
     parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
+    parser.add_argument("--controls", action="store_true",
+                        help="also freeze at other epochs, other layers, or none but slower; and pool random layers")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: 3)")
     parser.add_argument("--epochs", type=int, default=5,
@@ -145,8 +168,11 @@ def parse_args(argv):
     parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: 10000)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
-    if args.seeds < 1 or args.epochs < 1:
-        parser.error(f"--seeds {args.seeds} --epochs {args.epochs}: expected 1 or more")
+    for name in ("seeds", "epochs", "hidden", "resamples"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.freeze_epoch != "auto" and not (args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs):
+        parser.error(f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), or auto")
     return args, more
 
 
@@ -158,6 +184,12 @@ def main(argv=None):
         raise UserError(f"{args.data}: {args.split} is needed in English and in another language, "
                         f"it is there in: {' '.join(languages)}")
     everything = systems(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.hidden, args.epochs)
+    comparisons = CONCLUSIONS
+    if args.controls:
+        added = controls(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.epochs)
+        everything |= {name: flags for name, (flags, _, _) in added.items()}
+        comparisons = CONCLUSIONS + [("", f"control: {what}", (name, "last"), (other, "last"), "control")
+                                     for name, (_, what, other) in added.items()]
     folders = {name: [out / "runs" / f"{name}-seed{seed}" for seed in range(args.seeds)] for name in everything}
     for seed in range(args.seeds):
         for name, flags in everything.items():
@@ -165,19 +197,19 @@ def main(argv=None):
             train.main([str(flag) for flag in (
                 "--model", args.model, "--data", args.data, "--out", folders[name][seed], "--seed", seed,
                 "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
-    english = read_split(args.data, args.split, "en", labels)
-    clusters, _ = clusters_of(english.text_a if english.text_b else list(range(len(english.labels))))
+    clusters = premise_clusters(read_split(args.data, args.split, "en", labels))
     right, rows = {}, []
-    for number, claim, a, b, way in CONCLUSIONS:
+    for number, claim, a, b, way in comparisons:
         for name, which in (a, b):
             if (name, which) not in right:
                 right[name, which] = correctness(folders[name], args.data, args.split, which, languages, labels,
                                                  args.batch_size)
         found = compare(right[a], right[b], clusters, languages.index("en"), args.resamples)
         others = found["others"]
+        said = verdict(others["low"], others["high"], others["by_seed"], way)
         rows.append({"number": number, "claim": claim, "a": f"{a[0]}{'@half' * (a[1] == 'half')}", "b": b[0], **found,
-                     "verdict": verdict(others["low"], others["high"], others["by_seed"], way)})
-    text = report(rows, args, len(languages) - 1)
+                     "verdict": WORDS[said] if way == "control" else said})
+    text = report(rows, args.data, args.model, args.seeds, args.split, len(languages) - 1)
     if args.grid:
         text += "\nPhase 1, micro-F1 on the non-English test sets:\n\n" + "\n".join(phase_one(args.grid)) + "\n"
     write_json(out / "claims.json", {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,

@@ -23,6 +23,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from files import UserError, cli, read_json, write_atomic
+from ranking import foreign, read_grid
 from runs import group_runs, paper_order, read_metrics
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
@@ -48,36 +49,14 @@ def save(figure, out, name, tensorboard=None):
 
 # --- the search --------------------------------------------------------------------------------------------------
 
-def read_grid(folder):
-    """results.csv -> {(pooling, layers): {column: scores over seeds, percent}}, and the columns in the file's order."""
-    path = Path(folder) / "results.csv"
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
-        grid = {}
-        for row in rows:
-            key = row["pooling"], tuple(map(int, row["layers"].split("+")))
-            entry = grid.setdefault(key, {c: [] for c in columns})
-            for column in columns:
-                entry[column].append(100 * float(row[column]))
-    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as the results of grid_search.py ({error!r})") from None
-    return {key: {c: np.array(v) for c, v in entry.items()} for key, entry in grid.items()}, columns
-
-
-def foreign(entry, split):
-    """Mean over the non-English languages of a split, for each seed."""
-    return np.mean([scores for column, scores in entry.items()
-                    if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
-
-
 def plot_grid(folder, save):
     grid, columns = read_grid(folder)
     split = "test" if any(c.startswith("test_") and c != "test_en" for c in columns) else "dev"
     poolings = list(dict.fromkeys(pooling for pooling, _ in grid))
     layers = sorted({layer for _, combination in grid for layer in combination})
     colors = dict(zip(poolings, COLORS))
+    if all(column.endswith("_en") for column in columns):
+        raise UserError(f"{folder}/results.csv has no language but English: these figures show the others")
     score = {key: foreign(entry, split) for key, entry in grid.items()}
     label = f"micro-F1 on {split}, mean of the\nnon-English languages (%)"
 

@@ -1,15 +1,16 @@
 """What a search says: scores from confusion matrices, the ranking, each protocol's choice, and the grid folder's files.
 
-Read by grid_search.py, run by none. Paper: section 1.5; conclusions 3, 4 and 5.
+Read by grid_search.py, plot.py and claims.py, run by none. Paper: section 1.5; conclusions 3, 4 and 5.
 Letters: P poolings, M combinations of layers, S seeds, F files (named dev.de, test.zh, ...), C classes.
 """
 import csv
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from files import markdown_table, write_atomic, write_json
+from files import UserError, markdown_table, write_atomic, write_json
 
 
 class Results(NamedTuple):
@@ -56,6 +57,30 @@ def choices(results):
     oracle = {name.split(".")[1]: rank(mean[..., i], results.combinations)[0]
               for i, name in enumerate(results.files) if name.startswith("dev.")}
     return chosen, oracle
+
+
+def read_grid(folder):
+    """results.csv -> {(pooling, layers): {column: scores over seeds, percent}}, and the columns in the file's order."""
+    path = Path(folder) / "results.csv"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
+        grid = {}
+        for row in rows:
+            key = row["pooling"], tuple(map(int, row["layers"].split("+")))
+            entry = grid.setdefault(key, {c: [] for c in columns})
+            for column in columns:
+                entry[column].append(100 * float(row[column]))
+    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as the results of grid_search.py ({error!r})") from None
+    return {key: {c: np.array(v) for c, v in entry.items()} for key, entry in grid.items()}, columns
+
+
+def foreign(entry, split):
+    """Mean over the non-English languages of a split, for each seed."""
+    return np.mean([scores for column, scores in entry.items()
+                    if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
 
 
 def summary(results, select, hidden, seconds):

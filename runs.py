@@ -23,6 +23,7 @@ def read_metrics(folder):
     path = Path(folder) / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # `+ 0` and `+ ""` are the checks: a TypeError for what is no number, no text
         return [{**row, "epoch": row["epoch"] + 0, "accuracy": float(row["accuracy"]), "split": row["split"] + "",
                  "language": row["language"] + "", "frozen_layers": list(row.get("frozen_layers", []))} for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -30,34 +31,42 @@ def read_metrics(folder):
 
 
 def read_run(folder):
-    """A run's description (run.json) and its epochs' dev accuracies, {epoch: {language: accuracy}}."""
+    """A run's description (run.json) and what its epochs scored, {epoch: {"dev": {language: accuracy}, "test": ...}}.
+
+    test is there for runs with --track-test.
+    """
     run = read_json(Path(folder) / "run.json", "arguments", "labels", "complete", "precision")
     history = {}
     for row in read_metrics(folder):
-        if row["split"] == "dev" and isinstance(row["epoch"], int):
-            history.setdefault(row["epoch"], {})[row["language"]] = row["accuracy"]
+        if row["split"] != "train" and isinstance(row["epoch"], int):
+            history.setdefault(row["epoch"], {}).setdefault(row["split"], {})[row["language"]] = row["accuracy"]
     if not history:
         raise UserError(f"{Path(folder) / 'metrics.jsonl'} holds no evaluation at the end of an epoch")
     return run, history
 
 
 def choose_epochs(history, protocol, languages, folder):
-    """The epoch to report for each language, {language: epoch}, under a protocol: last, en, joint, oracle or a number.
+    """The epoch to report for each language, {language: epoch}, under a protocol: last, en, joint, oracle, test or
+    a number.
 
-    Ties go to the earlier epoch. UserError for a protocol whose dev sets are not there.
+    Ties go to the earlier epoch. UserError for a protocol whose dev (or test) sets are not there.
     """
     if protocol == "last":
         return dict.fromkeys(languages, max(history))
     if protocol.isdecimal():
         return dict.fromkeys(languages, int(protocol))
 
-    def best(score):
-        return max(history, key=lambda epoch: (score(history[epoch]), -epoch))
+    split = "test" if protocol == "test" else "dev"
+    there = history[max(history)].get(split, {})
+    others = [language for language in there if language != "en"]
+    needed = {"en": ["en"], "joint": others, "oracle": languages, "test": others}[protocol]
+    if not needed or any(set(needed) - set(scores.get(split, {})) for scores in history.values()):
+        raise UserError(f"--epoch {protocol}: {folder} was evaluated on {split} in "
+                        f"{' '.join(there) or 'no language'} alone" + " (train.py --track-test)" * (split == "test"))
 
-    there = history[max(history)]
-    needed = {"en": ["en"], "joint": [l for l in there if l != "en"], "oracle": languages}[protocol]
-    if not needed or not set(needed) <= set(there):
-        raise UserError(f"--epoch {protocol}: {folder} was evaluated on dev in {' '.join(there)} alone")
+    def best(score):
+        return max(history, key=lambda epoch: (round(score(history[epoch][split]), 9), -epoch))  # a tie but for rounding
+
     if protocol == "oracle":
         return {language: best(lambda scores: scores[language]) for language in languages}
     return dict.fromkeys(languages, best(lambda scores: np.mean([scores[language] for language in needed])))

@@ -9,10 +9,11 @@ import math
 import numpy as np
 
 
-def clusters_of(keys):
-    """Number the distinct keys (premises, say) in order of appearance: N keys -> (N,) int64 and their count."""
+def premise_clusters(rows):
+    """Number the rows' distinct premises in order of appearance: Rows -> (N,) int64; each single text is a cluster."""
     numbers = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys]), len(numbers)
+    keys = rows.text_a if rows.text_b else range(len(rows.text_a))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def bootstrap_difference(differences, clusters, resamples=10_000, seed=0, chunk=1000):

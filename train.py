@@ -107,17 +107,22 @@ def evaluate(model, sets, pad_id, dtype, limit, batch_size):
     return scores
 
 
-def dev_scores(scores):
-    """What epochs are chosen by: each language's dev accuracy, and `joint`, the mean of the non-English ones."""
-    dev = {language: accuracy for (split, language), (accuracy, _) in scores.items() if split == "dev"}
-    others = [accuracy for language, accuracy in dev.items() if language != "en"]
-    return dev | ({"joint": float(np.mean(others))} if others else {})
+def choosing_scores(scores):
+    """What epochs are chosen by: each language's dev accuracy; `joint` and, where test is tracked, `test`: the mean of
+    the non-English dev and test sets."""
+    chosen = {language: accuracy for (split, language), (accuracy, _) in scores.items() if split == "dev"}
+    for name, wanted in (("joint", "dev"), ("test", "test")):
+        others = [accuracy for (split, language), (accuracy, _) in scores.items()
+                  if split == wanted and language != "en"]
+        if others:
+            chosen[name] = float(np.mean(others))
+    return chosen
 
 
 def best_epochs(history):
-    """{protocol: epoch}, from {epoch: dev_scores}: the best epoch by each dev set; ties go to the earlier one."""
+    """{protocol: epoch}, from {epoch: choosing_scores()}: the best epoch by each; ties go to the earlier one."""
     protocols = next(iter(history.values()), {})
-    return {name: max(history, key=lambda epoch: (history[epoch][name], -epoch)) for name in protocols}
+    return {name: max(history, key=lambda epoch: (round(history[epoch][name], 9), -epoch)) for name in protocols}
 
 
 class State:
@@ -132,7 +137,7 @@ class State:
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.frozen = 0, []  # optimizer steps done; layers frozen
-        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: dev_scores()}; for auto freezing
+        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: choosing_scores()}; for auto freezing
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
 
     def freeze(self, layers):
@@ -206,12 +211,20 @@ class StopRequest:
 
 # --- the run -----------------------------------------------------------------------------------------------------
 
-def build(name, labels, head, layers, pooling, dropout, encoder_dropout, hidden, seed):
+def draw_layers(number, count, seed, flag):
+    """`number` different layers out of 1 to `count`, by `seed`. UserError when there are not so many."""
+    if number > count:
+        raise UserError(f"{flag} {number}: the model has layers 1 to {count}")
+    return sorted((1 + np.random.default_rng([seed, len(flag)]).permutation(count)[:number]).tolist())
+
+
+def build(name, labels, head, layers, random_layers, pooling, dropout, encoder_dropout, hidden, seed):
     """The model to train, its tokenizer, how many blocks the encoder had, and a line on where its parts come from."""
     tokenizer = load_tokenizer(name)
     torch.manual_seed(seed)  # the first weights of whatever the file does not hold
     encoder, pretrained_pooler = load_encoder(name)
     count = len(blocks(encoder))
+    layers = draw_layers(random_layers, count, seed, "--random-layers") if random_layers else layers
     if head == "pooler":
         note = "BERT's own head on the pretrained pooler" if pretrained_pooler else \
                "BERT's own head; the model has no pretrained pooler, it starts at random"
@@ -335,15 +348,15 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             if evaluates:
                 scores = {("train", ""): (right_sum / row_sum, loss_sum / row_sum)}
                 scores |= evaluate(model, sets, pad_id, dtype, max_length, eval_batch_size)
-                dev = dev_scores(scores)
+                chosen_by = choosing_scores(scores)
                 if rank == 0:
                     record(state, scores, state.step / per_epoch, rate, speed, out, writer)
-                if freeze_epoch == "auto" and not state.frozen and dev["joint"] < state.best_joint:
+                if freeze_epoch == "auto" and not state.frozen and chosen_by["joint"] < state.best_joint:
                     freeze_now(f"mean non-English dev accuracy fell below {100 * state.best_joint:.1f}")
-                state.best_joint = max(state.best_joint, dev.get("joint", -1.0))
+                state.best_joint = max(state.best_joint, chosen_by.get("joint", -1.0))
                 state.totals.zero_()
             if ends:
-                state.history[epoch + 1] = dev
+                state.history[epoch + 1] = chosen_by
                 if rank == 0:
                     keep(epoch + 1, {epoch + 1, *best_epochs(state.history).values()})
             if saves and rank == 0:
@@ -376,7 +389,8 @@ def parse_args(argv):
     group.add_argument("--train-language", default="en", metavar="LANG",
                        help="train on train.LANG.tsv (default: en; another is Translate-Train, not zero-shot)")
     group.add_argument("--track-test", action="store_true",
-                       help="evaluate on the test sets too, as the paper's Figure 5 does; nothing is chosen by them")
+                       help="evaluate on the test sets too, as the paper's Figure 5 does, and keep the epoch that is "
+                            "best on the non-English ones, for evaluate.py --epoch test; nothing else looks at them")
     group.add_argument("--max-train-rows", type=int, metavar="N", help="train on N rows, spread evenly (default: all)")
     group.add_argument("--max-eval-rows", type=int, metavar="N", help="evaluate on N rows of each file (default: all)")
     group = parser.add_argument_group("the classifier")
@@ -385,6 +399,8 @@ def parse_args(argv):
     group.add_argument("--layers", type=int, nargs="+", metavar="K",
                        help="layers to pool, 0 is the embeddings (default: 6 8 11)")
     group.add_argument("--pooling", choices=POOLINGS, help="over the tokens (default: max)")
+    group.add_argument("--random-layers", type=int, metavar="N",
+                       help="a control: pool N layers drawn by --seed from all but the embeddings")
     group.add_argument("--layers-from", metavar="FILE",
                        help="take --layers and --pooling from the best.json of grid_search.py")
     group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
@@ -401,6 +417,8 @@ def parse_args(argv):
                             "evaluation whose mean accuracy on the non-English dev sets falls below the best so far "
                             "(auto: that looks at labels in the target languages, so it is the joint protocol, not "
                             "zero-shot)")
+    group.add_argument("--random-freeze", type=int, metavar="N",
+                       help="a control: instead of --freeze-layers, freeze N layers drawn by --seed")
     group.add_argument("--freeze-lr", type=float, default=0.0, metavar="F",
                        help="a control: instead of freezing, go on with those layers at F times the learning rate "
                             "(default: 0: freeze)")
@@ -433,22 +451,29 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.layers_from and (args.layers or args.pooling):
         parser.error("--layers-from gives the layers and the pooling: leave out --layers and --pooling")
-    if args.head == "pooler" and (args.layers or args.pooling or args.layers_from):
-        parser.error("--head pooler reads [CLS] of the last layer: leave out --layers, --pooling and --layers-from")
-    if bool(args.freeze_layers) != (args.freeze_epoch is not None):
-        parser.error("--freeze-layers K ... and --freeze-epoch N|auto need each other")
+    if args.random_layers and (args.layers or args.layers_from) or args.random_freeze and args.freeze_layers:
+        parser.error("--random-layers and --random-freeze draw the layers: leave out --layers, --layers-from and "
+                     "--freeze-layers")
+    if args.head == "pooler" and (args.layers or args.pooling or args.layers_from or args.random_layers):
+        parser.error("--head pooler reads [CLS] of the last layer: leave out --layers, --pooling, --layers-from and "
+                     "--random-layers")
+    if bool(args.freeze_layers or args.random_freeze) != (args.freeze_epoch is not None):
+        parser.error("--freeze-layers K ... (or --random-freeze N) and --freeze-epoch N|auto need each other")
     if args.freeze_epoch not in (None, "auto"):
         if not args.freeze_epoch.isdecimal():
             parser.error(f"--freeze-epoch {args.freeze_epoch}: expected a number of epochs, 0 or more, or auto")
         args.freeze_epoch = int(args.freeze_epoch)
     for name, lowest in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_batch_size", 1), ("log_steps", 1),
                          ("hidden", 0), ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1),
-                         ("max_eval_rows", 1)):
+                         ("max_eval_rows", 1), ("random_layers", 1), ("random_freeze", 1)):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
-    if args.freeze_lr and not args.freeze_layers or not 0 <= args.freeze_lr < 1:
+    if isinstance(args.freeze_epoch, int) and args.freeze_epoch >= args.epochs:
+        parser.error(f"--freeze-epoch {args.freeze_epoch}: of {args.epochs} epochs, so nothing would ever be frozen; "
+                     f"expected 0 to {args.epochs - 1}, or auto")
+    if args.freeze_lr and args.freeze_epoch is None or not 0 <= args.freeze_lr < 1:
         parser.error(f"--freeze-lr {args.freeze_lr}: expected a factor from 0 to 1, "
-                     "with --freeze-layers and --freeze-epoch")
+                     "with layers to freeze and --freeze-epoch")
     for name, fits, allowed in (("dropout", lambda v: 0 <= v < 1, "0 <= --dropout < 1"),
                                 ("lr", lambda v: v > 0, "--lr > 0"),
                                 ("encoder_dropout", lambda v: 0 <= v < 1, "0 <= --encoder-dropout < 1"),
@@ -472,10 +497,13 @@ def main(argv=None):
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
     dtype = pick_precision(args.precision, device)
     labels = read_labels(args.data)
-    model, tokenizer, count, note = build(args.model, labels, args.head, args.layers, args.pooling, args.dropout,
-                                          args.encoder_dropout, args.hidden, args.seed)
+    model, tokenizer, count, note = build(args.model, labels, args.head, args.layers, args.random_layers,
+                                          args.pooling, args.dropout, args.encoder_dropout, args.hidden, args.seed)
+    freeze_layers = args.freeze_layers
+    if args.random_freeze:
+        freeze_layers = draw_layers(args.random_freeze, count, args.seed, "--random-freeze")
     token_limit(model.encoder, args.max_length)
-    check_layers(args.freeze_layers, count, "--freeze-layers")
+    check_layers(freeze_layers, count, "--freeze-layers")
     sets = [("dev", language) for language in split_languages(args.data, "dev")]
     sets += [("test", language) for language in split_languages(args.data, "test") if args.track_test]
     if not sets or args.freeze_epoch == "auto" and not any(key[0] == "dev" and key[1] != "en" for key in sets):
@@ -496,7 +524,7 @@ def main(argv=None):
             return 0
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if rank == 0:
-            describe(model, count, args.freeze_layers, note, dtype, world)
+            describe(model, count, freeze_layers, note, dtype, world)
         state.load(out)
         if state.step and rank == 0:
             print(f"going on after step {state.step}")
@@ -510,11 +538,11 @@ def main(argv=None):
                 if path.name not in map(str, {*wanted, *args.keep_epochs}):
                     shutil.rmtree(path)
 
-        names = ("epochs lr batch_size accumulate schedule clip freeze_layers freeze_epoch max_length eval_batch_size "
+        names = ("epochs lr batch_size accumulate schedule clip freeze_epoch max_length eval_batch_size "
                  "eval_steps save_steps log_steps seed").split()
         number = fit(state, encoded(train_rows, args.max_train_rows),
             {key: encoded(read_split(args.data, *key, labels), args.max_eval_rows) for key in sets}, out, keep,
-            pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+            freeze_layers=freeze_layers, pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
         if number:
             if rank == 0:
                 print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; "

@@ -113,7 +113,18 @@ def parse_args(argv):
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (default: 2e-3)")
     parser.add_argument("--max-length", type=int, default=128, help="positions of the model, in tokens (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("vocab_size", "hidden_size", "blocks", "heads", "steps", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if args.hidden_size % args.heads:
+        parser.error(f"--heads {args.heads}: does not divide --hidden-size {args.hidden_size}")
+    if args.max_length < 3 or args.seed < 0 or args.lr <= 0:
+        parser.error(f"--max-length {args.max_length} --seed {args.seed} --lr {args.lr}: "
+                     "expected 3 or more, 0 or more, above 0")
+    if not 0 <= args.pairs <= 1 or not 0 < args.mask_rate < 1:
+        parser.error(f"--pairs {args.pairs} --mask-rate {args.mask_rate}: expected shares of 1")
+    return args
 
 
 def main(argv=None):

@@ -37,15 +37,18 @@ def test_a_comparison_averages_languages_and_pairs_seeds():
 def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(data_folder, tmp_path, script, monkeypatch):
     model = make_model(tmp_path / "model", blocks=12)
     flags = ("claims", "--model", model, "--data", data_folder, "--out", tmp_path / "claims", "--seeds", 2, "--epochs", 1,
-             "--freeze-epoch", 0, "--hidden", 7, "--resamples", 200, "--max-length", 32, "--lr", "1e-3", "--precision", "fp32")
+             "--freeze-epoch", 0, "--hidden", 7, "--resamples", 200, "--max-length", 32, "--lr", "1e-3", "--precision", "fp32",
+             "--controls")
     status, out, _ = script(*flags)
     assert status == 0
     written = json.loads((tmp_path / "claims/claims.json").read_text())
-    assert {row["number"] for row in written["conclusions"]} == set(range(1, 9))
-    assert {row["verdict"] for row in written["conclusions"]} <= {"supported", "not supported", "undecided"}
+    assert {row["number"] for row in written["conclusions"]} == {*range(1, 9), ""}
+    assert {row["verdict"] for row in written["conclusions"] if row["number"]} <= {"supported", "not supported", "undecided"}
+    assert {row["verdict"] for row in written["conclusions"] if not row["number"]} <= {"better", "worse", "undecided"}
     assert all(row["claim"] in (tmp_path / "claims/claims.md").read_text() for row in written["conclusions"])
     names = {path.name for path in (tmp_path / "claims/runs").iterdir()}
-    assert names == {f"{name}-seed{seed}" for name in claims.systems([6], "max", [9], 0, 7, 1) for seed in (0, 1)}
+    expected = {*claims.systems([6], "max", [9], 0, 7, 1), *claims.controls([6], "max", [9], "0", 1)}
+    assert names == {f"{name}-seed{seed}" for name in expected for seed in (0, 1)}
     long = json.loads((tmp_path / "claims/runs/mc-bert-long-seed0/run.json").read_text())["arguments"]
     assert (long["epochs"], long["schedule"], long["keep_epochs"]) == (2, "constant", [1])
 
@@ -54,10 +57,23 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(data_folder
 
     monkeypatch.setattr(train, "train_step", no_training)
     status, again, _ = script(*flags)
-    assert status == 0 and again.count("is complete already") == 2 * len(claims.systems([6], "max", [9], 0, 7, 1))
+    assert status == 0 and again.count("is complete already") == 2 * len(expected)
     assert json.loads((tmp_path / "claims/claims.json").read_text()) == written
     status, _, error = script(*flags, "--dropout", 0.3)
     assert status == 2 and "dropout was 0.1, is now 0.3" in error
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--resamples 0", "--resamples 0: expected 1 or more"), ("--hidden 0", "--hidden 0: expected 1 or more"),
+    ("--freeze-epoch 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs), or auto"), ("--freeze-epoch x", "or auto")])
+def test_bad_flags_are_said_before_anything_is_trained(flags, message, script, tmp_path):
+    status, _, error = script("claims", "--model", "m", "--data", "d", "--out", tmp_path / "out", *flags.split())
+    assert status == 2 and message in error and not (tmp_path / "out").exists()
+
+
+def test_the_controls_cover_freezing_at_other_epochs_and_other_layers():
+    names = set(claims.controls([6, 8, 11], "max", [9, 11, 12], "2", 5))
+    assert names == {"wf-epoch-1", "wf-epoch-3", "wf-epoch-auto", "wf-lowest", "wf-random", "wf-slower", "random-layers"}
 
 
 def test_two_languages_are_needed(data_folder, tmp_path, script):

@@ -176,6 +176,21 @@ def test_epoch_of_each_protocol(protocol, expected, four_epochs, data, tmp_path)
         assert (four_epochs / "predictions" / str(epoch) / f"test.{language}.npy").is_file()
 
 
+def test_the_papers_own_way_is_the_epoch_best_on_test(four_epochs, data, script, tmp_path):
+    arguments = four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch", "test"
+    status, _, error = script("evaluate", *arguments)
+    assert status == 2 and "was evaluated on test in no language alone (train.py --track-test)" in error
+    with open(four_epochs / "metrics.jsonl", "a") as file:
+        for epoch, (en, de, zh) in enumerate([(.9, .2, .2), (.1, .3, .6), (.2, .5, .4), (.9, .4, .4)], 1):
+            file.writelines(json.dumps({"epoch": epoch, "split": "test", "language": language, "accuracy": value}) + "\n"
+                            for language, value in (("en", en), ("de", de), ("zh", zh)))
+    results, text = tabulate(tmp_path / "out", data, four_epochs, "--epoch", "test")
+    assert results["systems"][0]["runs"][0]["epochs"] == {"en": 2, "zh": 2, "de": 2}  # 45 %, as epoch 3, which is later
+    assert "as the paper did: too high by the choice" in text
+    results, _ = tabulate(tmp_path / "last", data, four_epochs)
+    assert "test" in results["systems"][0]["protocols"]
+
+
 def test_an_epoch_that_was_not_kept(four_epochs, data, script, tmp_path):
     shutil.rmtree(four_epochs / "epochs" / "3")
     status, _, error = script("evaluate", four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch", 3)
@@ -337,9 +352,10 @@ def test_a_broken_data_set(spoil, message, run, data, script, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
+    ("run --input x --predictions y --data d", "--input labels your own text: leave out --data"),
     ("run", "give --data and --out for a table"), ("run --data d", "give --data and --out"),
     ("run --out o", "give --data and --out"),
-    ("run --data d --out o --epoch best", "--epoch best: expected last, en, joint, oracle or a number"),
+    ("run --data d --out o --epoch best", "--epoch best: expected last, en, joint, oracle, test or a number"),
     ("run --data d --out o --epoch -1", "--epoch"), ("run --data d --out o --max-rows 0", "--max-rows 0: expected 1 or more"),
     ("run --data d --out o --batch-size 0", "--batch-size 0: expected 1 or more"),
     ("run --data d --out o --split train", "invalid choice: 'train'"),

@@ -110,6 +110,12 @@ def test_missing_files_are_one_sentence(arguments, message, tmp_path, script, mo
     assert status == 2 and message in error and "Traceback" not in error
 
 
+def test_a_search_in_english_alone_is_said(tmp_path, script):
+    (tmp_path / "results.csv").write_text("pooling,layers,hidden,seed,dev_en\nmax,5,0,0,0.5\n")
+    status, _, error = script("plot", "grid", tmp_path, "--out", tmp_path / "figures")
+    assert status == 2 and "has no language but English" in error and "Traceback" not in error
+
+
 def test_test_curves_need_track_test(runs, tmp_path, script):
     status, _, error = script("plot", "training", *runs, "--out", tmp_path, "--split", "test")
     assert status == 2 and "no run was evaluated on test (train.py --track-test)" in error

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from significance import bootstrap_difference, clusters_of, holm, mcnemar
+from data import Rows
+from significance import bootstrap_difference, holm, mcnemar, premise_clusters
 
 
 def test_the_bootstrap_draws_from_the_exact_distribution_of_a_small_case():
@@ -74,6 +75,6 @@ def test_mcnemar_is_scipys_binomial_test(only_a, only_b, both):
     assert mcnemar(right_a, right_b) == pytest.approx(expected)
 
 
-def test_clusters_are_numbered_by_first_appearance():
-    numbers, count = clusters_of(["b", "a", "b", "c"])
-    assert numbers.tolist() == [0, 1, 0, 2] and count == 3
+def test_clusters_are_premises_numbered_by_first_appearance():
+    assert premise_clusters(Rows(["b", "a", "b", "c"], list("wxyz"), None)).tolist() == [0, 1, 0, 2]
+    assert premise_clusters(Rows(["b", "a", "b"], None, None)).tolist() == [0, 1, 2]

@@ -654,6 +654,33 @@ def test_tracking_test_adds_rows_and_changes_nothing_else(model_folder, data_fol
     assert_same_run(out, frozen_run.out)
 
 
+def test_with_tracking_the_epoch_that_is_best_on_test_is_kept_too(model_folder, data_folder, tmp_path, monkeypatch):
+    test_scores = iter([.1, .8, .3, .8])
+    monkeypatch.setattr(train, "evaluate", lambda *_: {("dev", "en"): (.5, 0.), ("dev", "de"): (.5, 0.), ("test", "en"): (.9, 0.),
+                                                       ("test", "de"): (next(test_scores), 0.)})
+    fine_tune(tmp_path / "run", model_folder, data_folder, "--layers 1 --max-train-rows 13 --epochs 4 --track-test")
+    assert kept(tmp_path / "run") == [1, 2, 4]  # best by dev (a tie), by test (the earlier of two), the last
+
+
+def test_random_layers_are_drawn_by_the_seed(model_folder, data_folder, tmp_path):
+    drawn = []
+    for seed in (0, 1, 2):
+        flags = f"--random-layers 2 --random-freeze 2 --freeze-epoch 1 --max-train-rows 13 --epochs 2 --seed {seed}"
+        fine_tune(tmp_path / str(seed), model_folder, data_folder, flags)
+        pooled = json.loads((tmp_path / str(seed) / "epochs/2/classifier.json").read_text())["layers"]
+        frozen = metrics(tmp_path / str(seed))[-1]["frozen_layers"]
+        for layers in (pooled, frozen):
+            assert len(set(layers)) == 2 and layers == sorted(layers) and set(layers) <= {1, 2, 3, 4, 5}
+        drawn += [tuple(pooled), tuple(frozen)]
+    assert len(set(drawn)) > 2
+    assert drawn[:2] == [tuple(train.draw_layers(2, 5, 0, flag)) for flag in ("--random-layers", "--random-freeze")]
+
+
+def test_more_random_layers_than_there_are(script, model_folder, data_folder, tmp_path):
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path, "--random-layers", 6)
+    assert status == 2 and "--random-layers 6: the model has layers 1 to 5" in error
+
+
 def test_max_rows_are_spread_evenly(model_folder, data_folder, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
     for name, count in (("train.en", 17), ("dev.en", 5), ("dev.de", 5), ("dev.zh", 5)):
@@ -764,10 +791,14 @@ def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, t
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
-    ("--freeze-layers 1 2", "--freeze-layers K ... and --freeze-epoch N|auto need each other"),
+    ("--freeze-layers 1 2", "--freeze-layers K ... (or --random-freeze N) and --freeze-epoch N|auto need each other"),
     ("--freeze-epoch 2", "need each other"),
     ("--freeze-layers 1 --freeze-epoch soon", "--freeze-epoch soon: expected a number of epochs, 0 or more, or auto"),
     ("--freeze-layers 1 --freeze-epoch -1", "--freeze-epoch"),
+    ("--freeze-layers 1 --freeze-epoch 5", "--freeze-epoch 5: of 5 epochs, so nothing would ever be frozen; expected 0 to 4"),
+    ("--random-layers 0", "--random-layers 0: expected 1 or more"), ("--random-layers 2 --layers 1", "leave out --layers"),
+    ("--random-freeze 2", "need each other"), ("--head pooler --random-layers 2", "--head pooler"),
+    ("--random-freeze 2 --freeze-layers 1 --freeze-epoch 1", "--random-freeze draw the layers: leave out"),
     ("--head pooler --layers 1", "--head pooler reads [CLS] of the last layer: leave out --layers"),
     ("--head pooler --pooling mean", "--head pooler"),
     ("--head pooler --layers-from x", "--head pooler"),
@@ -872,10 +903,10 @@ def test_slowed_down_runs_go_on_exactly(still_model, data_folder, tmp_path, monk
 
 
 def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder):
-    model, *_ = train.build(model_folder, LABELS, "layers", [3], "max", 0.3, 0.0, 0, 0)
+    model, *_ = train.build(model_folder, LABELS, "layers", [3], None, "max", 0.3, 0.0, 0, 0)
     rates = [module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)]
     assert rates and set(rates) == {0.0} and model.classifier[0].p == 0.3
-    model, *_ = train.build(model_folder, LABELS, "layers", [3], "max", 0.3, None, 0, 0)
+    model, *_ = train.build(model_folder, LABELS, "layers", [3], None, "max", 0.3, None, 0, 0)
     assert {module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
 
 
