@@ -10,6 +10,7 @@ Paper   section 1.3.
 """
 import argparse
 import contextlib
+import hashlib
 import http.client
 import io
 import json
@@ -144,12 +145,18 @@ def read_table(path, labels=None):
     return Rows(columns[0], columns[1] if len(texts) == 2 else None, indices if "label" in header else None)
 
 
-def read_split(folder, split, language, labels):
-    """Rows of one split in one language. UserError lists the languages there are when that one is not."""
+def split_path(folder, split, language):
+    """The file of one split in one language. UserError lists the languages there are when that one is not."""
     path = Path(folder) / f"{split}.{language}.tsv"
     if not path.is_file():
         there = split_languages(folder, split)
         raise UserError(f"{path} does not exist; {split} is there in: {' '.join(there) or 'no language'}")
+    return path
+
+
+def read_split(folder, split, language, labels):
+    """Rows of one split in one language."""
+    path = split_path(folder, split, language)
     rows = read_table(path, labels)
     if rows.labels is None:
         raise UserError(f"{path}, line 1: no label column")
@@ -199,6 +206,29 @@ def encode(tokenizer, rows, max_length=128, chunk=8192):
                    np.array(labels, dtype=np.int64))
 
 
+def encode_split(tokenizer, identity, folder, split, language, labels, max_length=128, limit=None):
+    """read_split(), take() and encode() in one: Encoded, kept in FOLDER/.tokens/ for the next time.
+
+    `identity` (a string) tells the tokenizer from another. What is kept belongs to these very bytes of the file.
+    """
+    parts = [identity, sha256(split_path(folder, split, language)), labels, max_length, limit]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    kept = Path(folder) / ".tokens" / f"{split}.{language}.{key[:16]}.npz"
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+        with np.load(kept) as arrays:
+            encoded = Encoded(*(arrays[name] for name in Encoded._fields))
+        if len(encoded.ids) == encoded.starts[-1] and len(encoded.labels) == len(encoded.second) \
+                == len(encoded.starts) - 1 and 0 <= encoded.ids.min() <= encoded.ids.max() < len(tokenizer):
+            return encoded
+    encoded = encode(tokenizer, take(read_split(folder, split, language, labels), limit), max_length)
+    try:
+        with write_atomic(kept, "wb") as file:
+            np.savez(file, **encoded._asdict())
+    except OSError as error:
+        print(f"note: the token ids are not kept for the next time ({error})", file=sys.stderr)
+    return encoded
+
+
 def train_batches(lengths, size, seed, epoch, multiple=8):
     """One epoch's batches: random rows of one rounded length together, in random order, from (seed, epoch) alone.
 
@@ -212,10 +242,15 @@ def train_batches(lengths, size, seed, epoch, multiple=8):
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def sorted_batches(lengths, size):
-    """Batches for evaluation and extraction: by falling length, so that memory is at its highest at once."""
+def sorted_batches(lengths, size, multiple=8, tokens=24):
+    """Batches for evaluation and extraction, by falling length: as many rows of one rounded length as hold `size` times
+    `tokens` tokens. So memory and the size of a matrix product are the same for short and for long texts."""
     order = np.argsort(-lengths, kind="stable")
-    return [order[start:start + size] for start in range(0, len(order), size)]
+    widths, batches, start = -(-lengths[order] // multiple) * multiple, [], 0
+    while start < len(order):
+        batches.append(order[start:start + max(1, size * tokens // widths[start])])
+        start += len(batches[-1])
+    return batches
 
 
 def collate(encoded, rows, pad_id, limit=None, multiple=8):

@@ -23,12 +23,11 @@ from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states
                    versions)
 
 
-def pool_all(encoder, batch, dtype):
+def pool_all(encoder, batch):
     """One forward pass -> every pooling of every layer: (P, L, B, D) float32, in the order of POOLINGS."""
-    with torch.inference_mode(), autocast(batch["input_ids"].device, dtype):
-        states, _ = hidden_states(encoder, batch)
-        return torch.stack([torch.stack([pool(layer, batch["attention_mask"], pooling) for layer in states])
-                            for pooling in POOLINGS])
+    states, _ = hidden_states(encoder, batch)
+    return torch.stack([torch.stack([pool(layer, batch["attention_mask"], pooling) for layer in states])
+                        for pooling in POOLINGS])
 
 
 def to_dtype(pooled, dtype, where):
@@ -106,7 +105,8 @@ def parse_args(argv):
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
     group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
-    group.add_argument("--batch-size", type=int, default=64, help="rows at once (default: 64)")
+    group.add_argument("--batch-size", type=int, default=64,
+                       help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected 1 or more")
@@ -145,7 +145,9 @@ def main(argv=None):
             print(f"{total:,} rows in {len(data)} files -> {layers} layers x {len(POOLINGS)} poolings x {hidden}, "
                   f"{args.dtype}, {manifest['precision']} products on "
                   + (f"{world} processes" if world > 1 else str(device)))
-        with progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
+        # autocast around the loop: the weights are cast once
+        with torch.inference_mode(), autocast(device, dtype), \
+                progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
             for stem, rows in data.items():
                 bar.set_description(stem)
                 labels_path = out / f"{stem}.labels.npy"
@@ -161,9 +163,9 @@ def main(argv=None):
                     values = None
                     if start + rank < len(batches):
                         batch = collate(encoded, batches[start + rank], tokenizer.pad_token_id, args.max_length)
-                        values = pool_all(encoder, to_device(batch, device), dtype)
+                        values = pool_all(encoder, to_device(batch, device))
                         values = to_dtype(values, args.dtype, f"{args.data}/{stem}.tsv")
-                    shape = (len(POOLINGS), layers, args.batch_size, hidden)
+                    shape = (len(POOLINGS), layers, max(map(len, batches)), hidden)
                     gathered = gather_batches(values, shape, args.dtype, device)
                     for index, values in zip(batches[start:start + world], gathered):
                         files.write(index, values[:, :, :len(index)])

@@ -23,7 +23,7 @@ import torch
 
 from files import (UserError, claim, cli, finish_folder, load_array, progress_bar, read_json, sha256, start_folder,
                    write_atomic)
-from model import POOLINGS, agree, check_layers, pick_device, pick_precision, start_processes, versions
+from model import POOLINGS, agree, check_layers, keep_mask, pick_device, pick_precision, start_processes, versions
 from ranking import Results, columns_of, write_grid
 
 
@@ -82,14 +82,6 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
     return weights, rest
 
 
-def keep_mask(generators, shape, dropout, device):
-    """Dropout's masks, one a seed: (S, *shape), True where a value is kept; 16 random bits decide each."""
-    count = int(np.prod(shape))
-    bits = [torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=g)
-            .view(torch.int16)[:count].view(shape) for g in generators]
-    return torch.stack(bits) >= round(dropout * 65536) - 32768
-
-
 def logits_of(x, weights, rest, scale=1.0, mask=None):
     """x (L, S, B, D) -> logits of all models (S, B, C, M); `scale` and `mask` (S, B, H, 1) are dropout's."""
     bias, *head = rest
@@ -121,9 +113,10 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
             x = features[:, rows]                                                                        # (L, S, B, D)
             mask = None
             if dropout:
-                x = x * keep_mask(generators, (layers, rows.shape[1], size), dropout, device).transpose(0, 1)
+                x = x * torch.stack([keep_mask((layers, rows.shape[1], size), dropout, device, g)
+                                     for g in generators], dim=1)
                 if hidden:
-                    mask = keep_mask(generators, (rows.shape[1], hidden, 1), dropout, device)
+                    mask = torch.stack([keep_mask((rows.shape[1], hidden, 1), dropout, device, g) for g in generators])
             logits = logits_of(x, weights, rest, scale, mask)                                            # (S, B, C, M)
             right = logits.gather(2, labels[rows][:, :, None, None].expand(-1, -1, 1, logits.shape[3]))
             loss = (logits.logsumexp(2) - right[:, :, 0]).sum() / rows.shape[1]

@@ -7,6 +7,7 @@ Layers are numbered alike everywhere: 0 is the embedding output, k is the output
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -78,6 +79,35 @@ def freeze_layers(encoder, layers):
     return frozen
 
 
+def keep_tokens(encoder, ids, pad_id):
+    """Keep only the rows of the word embeddings that the token `ids` use (and those up to [PAD], which keeps its number).
+
+    Exact: the others get no gradient, yet Adam, clipping and the gradient itself would go over all of them at every
+    step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32. UserError for an id too high.
+    """
+    whole = encoder.get_input_embeddings()
+    if max(ids) >= whole.num_embeddings:
+        raise UserError(f"the tokenizer gives token {max(ids)}, the encoder knows {whole.num_embeddings:,}")
+    used = np.zeros(whole.num_embeddings, dtype=bool)
+    used[ids] = True
+    used[:max(pad_id, whole.padding_idx or 0) + 1] = True
+    encoder.kept_rows, encoder.whole_table = torch.from_numpy(np.flatnonzero(used)), whole.weight.detach().cpu()
+    small = nn.Embedding.from_pretrained(encoder.whole_table[encoder.kept_rows], freeze=False,
+                                         padding_idx=whole.padding_idx)
+    encoder.set_input_embeddings(small.to(whole.weight.device))
+    return (np.cumsum(used) - 1).astype(np.int32)
+
+
+def whole_state(encoder, decay=1.0):
+    """The encoder's state_dict with all rows of the word embeddings; those left out by keep_tokens() times `decay`."""
+    state = encoder.state_dict()
+    if hasattr(encoder, "whole_table"):
+        table = encoder.get_input_embeddings().weight
+        name = next(name for name, parameter in encoder.named_parameters() if parameter is table)
+        state[name] = (encoder.whole_table * decay).index_copy(0, encoder.kept_rows, table.detach().cpu())
+    return state
+
+
 def hidden_states(encoder, batch):
     """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -97,6 +127,23 @@ def pool(states, mask, pooling):
     if pooling == "max":
         return states.float().masked_fill(~inside, -torch.inf).amax(dim=1)
     return states.float().masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)
+
+
+def keep_mask(shape, dropout, device, generator=None):
+    """Dropout's mask, True where a value is kept. 16 random bits decide each (the rate is rounded to 1/65536): on a CPU
+    the random numbers of nn.Dropout cost a tenth of a training step and more, these a quarter of that."""
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=generator)
+    return bits.view(torch.int16)[:count].view(shape) >= round(dropout * 65536) - 32768
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with keep_mask() on a CPU."""
+
+    def forward(self, x):
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        return x * keep_mask(x.shape, self.p, x.device).to(x.dtype).div_(1 - round(self.p * 65536) / 65536)
 
 
 class Classifier(nn.Module):
@@ -121,6 +168,9 @@ class Classifier(nn.Module):
         if hidden:
             parts += [nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout)]
         self.classifier = nn.Sequential(*parts, nn.Linear(hidden or features, len(self.labels)))
+        for module in self.modules():
+            if type(module) is nn.Dropout:
+                module.__class__ = Dropout
 
     def forward(self, batch):
         """input_ids, attention_mask, token_type_ids (B, T) -> logits (B, C)."""
@@ -159,7 +209,7 @@ def load_encoder(name, top=None, attention=None):
     try:
         encoder, info = AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            attn_implementation=attention)
+            attn_implementation=attention or (None if torch.cuda.is_available() else "eager"))  # on a CPU it is faster
     except Exception as error:
         raise UserError(f"no encoder can be loaded from {str(name)!r}: {first_line(error)}") from None
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -200,13 +250,16 @@ def token_limit(encoder, max_length):
         raise UserError(f"--max-length {max_length}: expected 3 to {limit}, the positions this encoder has")
 
 
-def save_model(model, tokenizer, folder):
-    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*."""
+def save_model(model, tokenizer, folder, decay=1.0):
+    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*.
+
+    `decay` is what weight decay has made of the embedding rows that keep_tokens() left out.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model.encoder.save_pretrained(beside)
+        model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder, decay))
         tokenizer.save_pretrained(beside)
         own = {key: weight.contiguous() for key, weight in model.state_dict().items() if not key.startswith("encoder.")}
         save_file(own, beside / "classifier.safetensors")
@@ -312,9 +365,9 @@ def predict(model, encoded, pad_id, dtype, max_length=128, batch_size=64, desc=N
     logits = torch.zeros(len(encoded.labels), len(model.labels), device=device)
     rank, world = start_processes()
     batches = sorted_batches(encoded.lengths, batch_size)[rank::world]
-    for rows in tqdm(batches, desc=desc, leave=False, disable=None if desc else True):
-        batch = to_device(collate(encoded, rows, pad_id, max_length), device)
-        with autocast(device, dtype):
+    with autocast(device, dtype):  # around the loop: the weights are cast once
+        for rows in tqdm(batches, desc=desc, leave=False, disable=None if desc else True):
+            batch = to_device(collate(encoded, rows, pad_id, max_length), device)
             logits[torch.from_numpy(rows).to(device)] = model(batch).float()
     if world > 1:
         dist.all_reduce(logits)

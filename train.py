@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data import collate, encode, fingerprint, read_labels, read_split, split_languages, take, train_batches
+from data import collate, encode_split, fingerprint, read_labels, split_languages, split_path, train_batches
 from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers,
+from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, keep_tokens,
                    layer_module, load_encoder, load_tokenizer, model_identity, pick_device, pick_precision, predict,
                    save_model, start_processes, to_device, token_limit, versions)
 
@@ -137,6 +137,7 @@ class State:
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.frozen = 0, []  # optimizer steps done; layers frozen
+        self.weight_decay, self.decay = weight_decay, 1.0  # decay: of embedding rows that the data does not use
         self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: choosing_scores()}; for auto freezing
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
 
@@ -162,7 +163,8 @@ class State:
 
     def save(self, folder):
         """Replace resume/state.pt in one move; the previous one stays until the new one is whole."""
-        plain = {key: getattr(self, key) for key in ("step", "frozen", "metrics", "history", "best_joint", "totals")}
+        plain = {key: getattr(self, key) for key in ("step", "frozen", "decay", "metrics", "history", "best_joint",
+                                                     "totals")}
         with write_atomic(Path(folder) / "resume" / "state.pt", "wb") as file:
             torch.save(plain | {key: getattr(self, key).state_dict() for key in ("model", "optimizer", "scaler")}, file)
 
@@ -252,6 +254,8 @@ def describe(model, count, freeze_layers, note, dtype, world):
               "it is above the highest layer pooled and was cut off")
     device = next(model.parameters()).device
     where = f"{world} processes on {device.type}" if world > 1 else device
+    print(f"{len(model.encoder.kept_rows):,} of {len(model.encoder.whole_table):,} word pieces are in the data; "
+          "the others rest")
     print(f"{trainable(model):,} parameters to train; {str(dtype).removeprefix('torch.')} products, {where}")
 
 
@@ -324,6 +328,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             parts = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
             loss, right = train_step(wrapped, state.optimizer, rate, state.scaler, parts, len(rows), dtype, clip, world)
             state.totals += torch.stack([loss.double(), right.double(), torch.tensor(len(rows[rank::world])).to(loss)])
+            state.decay *= 1 - rate * state.weight_decay * (state.freeze_lr if 0 in state.frozen else 1)
             state.step += 1
 
             # --- all that follows is logging, evaluating and saving ---
@@ -509,8 +514,7 @@ def main(argv=None):
     if not sets or args.freeze_epoch == "auto" and not any(key[0] == "dev" and key[1] != "en" for key in sets):
         raise UserError(f"{args.data} has no dev file"
                         + " in another language than English, which --freeze-epoch auto needs" * bool(sets))
-    files = [f"train.{args.train_language}.tsv", *(f"{split}.{language}.tsv" for split, language in sets)]
-    train_rows = read_split(args.data, "train", args.train_language, labels)
+    files = [split_path(args.data, "train", args.train_language).name, *(f"{split}.{language}.tsv" for split, language in sets)]
     description = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "log_steps")},
                    **model_identity(model.encoder, tokenizer, args.model), "labels": labels,
                    "data": fingerprint(args.data, files), "precision": str(dtype).removeprefix("torch."),
@@ -522,6 +526,13 @@ def main(argv=None):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
+        limits = {"train": args.max_train_rows}
+        tokens = {(split, language): encode_split(tokenizer, description["tokenizer"], args.data, split, language, labels,
+                                                  args.max_length, limits.get(split, args.max_eval_rows))
+                  for split, language in [("train", args.train_language), *sets]}
+        used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
+        new_ids = keep_tokens(model.encoder, used, tokenizer.pad_token_id)
+        tokens = {key: part._replace(ids=new_ids[part.ids]) for key, part in tokens.items()}
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if rank == 0:
             describe(model, count, freeze_layers, note, dtype, world)
@@ -529,20 +540,16 @@ def main(argv=None):
         if state.step and rank == 0:
             print(f"going on after step {state.step}")
 
-        def encoded(rows, limit):
-            return encode(tokenizer, take(rows, limit), args.max_length)
-
         def keep(epoch, wanted):
-            save_model(model, tokenizer, out / "epochs" / str(epoch))
+            save_model(model, tokenizer, out / "epochs" / str(epoch), state.decay)
             for path in (out / "epochs").iterdir():
                 if path.name not in map(str, {*wanted, *args.keep_epochs}):
                     shutil.rmtree(path)
 
         names = ("epochs lr batch_size accumulate schedule clip freeze_epoch max_length eval_batch_size "
                  "eval_steps save_steps log_steps seed").split()
-        number = fit(state, encoded(train_rows, args.max_train_rows),
-            {key: encoded(read_split(args.data, *key, labels), args.max_eval_rows) for key in sets}, out, keep,
-            freeze_layers=freeze_layers, pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+        number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep, freeze_layers=freeze_layers,
+                     pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
         if number:
             if rank == 0:
                 print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; "

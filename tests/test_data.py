@@ -748,7 +748,9 @@ def test_batches_hold_every_row_once_and_follow_seed_and_epoch(rows, size):
     first = plain(data.train_batches(lengths, size, seed=1, epoch=0))
     for batches in (first, plain(data.sorted_batches(lengths, size))):
         assert sorted(sum(batches, [])) == list(range(rows))
-        assert sorted(map(len, batches))[1:] == [size] * (rows // size - (rows % size == 0)) and max(map(len, batches)) <= size
+    assert sorted(map(len, first))[1:] == [size] * (rows // size - (rows % size == 0)) and max(map(len, first)) <= size
+    widths = [-(-max(lengths[batch]) // 8) * 8 for batch in batches]
+    assert all(len(batch) == max(1, size * 24 // width) for batch, width in zip(batches[:-1], widths))  # 24 tokens a row
     assert plain(data.train_batches(lengths, size, seed=1, epoch=0)) == first
     if rows > size:
         others = [plain(data.train_batches(lengths, size, seed, epoch)) for seed, epoch in ((1, 1), (2, 0), (0, 1))]

@@ -13,7 +13,8 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 import grid_search
 from files import UserError
-from grid_search import confusion_matrices, keep_mask, train_models
+from grid_search import confusion_matrices, train_models
+from model import keep_mask
 from ranking import Results, choices, macro_f1, micro_f1, rank as best_first
 
 CPU = torch.device("cpu")
@@ -63,9 +64,9 @@ def train_alone(features, labels, used, seed, *, hidden, epochs, batch_size, lr,
             batch = order[start:start + batch_size]
             x, after = features[:, batch], 1
             if dropout:
-                x = x * keep_mask([generator], (layers, len(batch), size), dropout, CPU)[0] / (1 - dropout)
+                x = x * keep_mask((layers, len(batch), size), dropout, CPU, generator) / (1 - dropout)
                 if hidden:
-                    after = keep_mask([generator], (len(batch), hidden, 1), dropout, CPU)[0, :, :, 0] / (1 - dropout)
+                    after = keep_mask((len(batch), hidden, 1), dropout, CPU, generator)[:, :, 0] / (1 - dropout)
             out = first(torch.cat([x[layer] for layer in used], dim=1))
             if hidden:
                 out = last(out.relu() * after)
@@ -142,7 +143,7 @@ def test_weights_that_are_not_finite_are_an_error(epochs, loss):
 @pytest.mark.parametrize("dropout", [0.1, 0.37, 0.5, 0.9])
 def test_dropout_keeps_its_share_of_the_values_everywhere(dropout):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    mask = keep_mask(generators, (31, 53, 37), dropout, CPU)  # 60,791 values, not a multiple of 4
+    mask = torch.stack([keep_mask((31, 53, 37), dropout, CPU, g) for g in generators])  # 60,791 values, no multiple of 4
     assert mask.shape == (2, 31, 53, 37) and mask.dtype == torch.bool
     error = 5 * (dropout * (1 - dropout) / (31 * 53 * 37)) ** 0.5  # five standard deviations
     assert ((mask.double().mean((1, 2, 3)) - (1 - dropout)).abs() < error).all()
