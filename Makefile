@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 DEMO ?= demo
 PY = $(BIN)/python
-demo test: export HF_HUB_OFFLINE = 1
+demo test prove: export HF_HUB_OFFLINE = 1
 MODEL ?= sample/model
 TUNE = --model $(MODEL) --data sample/intents14 --lr 2e-4 --batch-size 64
 
-.PHONY: demo claims test clean
+.PHONY: demo claims bench test prove clean
 
 # Both phases on the sample. Each line can be run by hand; run again, the whole goes on where it stopped.
 demo: .venv/run
@@ -30,8 +30,19 @@ FLAGS ?= --lr 2e-4 --batch-size 64
 claims: .venv/run
 	$(PY) claims.py --model $(MODEL) --data $(DATA) --out $(OUT) $(FLAGS)
 
+# Speed beside other ways, on a quiet machine: make bench MODEL=bert-base-multilingual-uncased DATA=data/xnli OUT=bench
+bench: DATA = sample/nli
+bench: OUT = bench
+bench: .venv/bench
+	$(PY) bench.py --model $(MODEL) --data $(DATA) --out $(OUT)
+
 test: .venv/test
 	$(PY) -m pytest -q tests
+
+# The long proofs: thirty kills, and 10,000 cases of broken input.
+prove: export PROVE = 1
+prove: .venv/test
+	$(PY) -m pytest -q tests/test_kill.py tests/test_fuzz.py
 
 .venv/run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,6 +51,10 @@ test: .venv/test
 
 .venv/test: requirements-test.txt .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+.venv/bench: requirements-bench.txt .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
 clean:

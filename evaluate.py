@@ -17,7 +17,7 @@ import torch
 
 from data import encode, read_labels, read_split, read_table, split_languages, take
 from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
-from model import load_model, pick_device, pick_precision, predict
+from model import load_model, out_of_memory, pick_device, pick_precision, predict
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
 from significance import bootstrap_difference, holm, mcnemar, premise_clusters
 
@@ -52,8 +52,9 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
                 models[epoch] = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
             model, tokenizer, dtype = models[epoch]
             encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
-            values = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
-                             f"{folder.name} epoch {epoch} {split} {language}")
+            with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
+                values = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"],
+                                 batch_size, f"{folder.name} epoch {epoch} {split} {language}")
             with write_atomic(path, "wb") as file:
                 np.save(file, values)
             write_json(path.parent / "origins.json", {**origins, path.name: origin})

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
 from files import UserError, claim, cli, finish_folder, progress_bar, start_folder, write_atomic
 from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer,
-                   model_identity, pick_device, pick_precision, pool, start_processes, to_device, token_limit,
+                   model_identity, out_of_memory, pick_device, pick_precision, pool, start_processes, to_device, token_limit,
                    versions)
 
 
@@ -147,6 +147,7 @@ def main(argv=None):
                   + (f"{world} processes" if world > 1 else str(device)))
         # autocast around the loop: the weights are cast once
         with torch.inference_mode(), autocast(device, dtype), \
+                out_of_memory(f"--batch-size {args.batch_size} is too much, try {max(1, args.batch_size // 2)}"), \
                 progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar:
             for stem, rows in data.items():
                 bar.set_description(stem)

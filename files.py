@@ -43,7 +43,7 @@ def write_atomic(path, mode="w"):
     """Open a file beside `path` that takes its place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
@@ -114,20 +114,28 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
     complete already. UserError names what differs when the folder is another job's. `extra` is noted, not compared.
     """
     folder, description = Path(folder), json.loads(json.dumps(description))
-    there = sorted(path for path in folder.iterdir() if path.name != ".lock")
+
+    def clear(paths):
+        for path in list(paths):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     if overwrite:
-        for path in there:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(path for path in folder.iterdir() if path.name != ".lock")
     elif (folder / name).is_file():
         old = read_json(folder / name, "complete")
         different = differences({key: old.get(key) for key in description}, description)
         if different:
             raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. "
                             "Give another --out, or --overwrite to delete it and start anew")
-        return old["complete"]
-    elif strange := [path for path in there if not path.name.startswith(f".{name}.")]:  # not our own half-written one
-        raise UserError(f"{folder} holds {strange[0].name} but no {name}: "
-                        "give another --out, or --overwrite to delete it all")
+        if old["complete"]:
+            return True
+        clear(folder.rglob(".*.tmp"))  # half-written by a process that was killed
+        return False
+    else:
+        clear(folder.glob(f".{name}.*.tmp"))
+        if there := sorted(path.name for path in folder.iterdir() if path.name != ".lock"):
+            raise UserError(f"{folder} holds {there[0]} but no {name}: "
+                            "give another --out, or --overwrite to delete it all")
     write_json(folder / name, {"complete": False, **description, **(extra or {})})
     return False
 

@@ -23,7 +23,7 @@ import torch
 
 from files import (UserError, claim, cli, finish_folder, load_array, progress_bar, read_json, sha256, start_folder,
                    write_atomic)
-from model import POOLINGS, agree, check_layers, keep_mask, pick_device, pick_precision, start_processes, versions
+from model import POOLINGS, agree, check_layers, keep_mask, out_of_memory, pick_device, pick_precision, start_processes, versions
 from ranking import Results, columns_of, write_grid
 
 
@@ -250,7 +250,8 @@ def main(argv=None):
         for pooling, seed in jobs[rank::world]:
             mine.setdefault(pooling, []).append(seed)
         steps = -(-manifest["inputs"]["train.en.tsv"]["rows"] // args.batch_size) * args.epochs
-        with progress_bar(total=steps * len(mine), unit="step", disable=rank > 0) as bar:
+        with progress_bar(total=steps * len(mine), unit="step", disable=rank > 0) as bar, \
+                out_of_memory("name fewer --layers, or --seeds at a time"):
             for pooling, todo in mine.items():
                 bar.set_description(pooling)
                 start = time.perf_counter()

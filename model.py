@@ -6,6 +6,7 @@ Letters in comments:  B batch  T tokens  D hidden size  L layers  N rows  M mode
 Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block k, counted from 1, so that
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -257,7 +258,7 @@ def save_model(model, tokenizer, folder, decay=1.0):
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder, decay))
         tokenizer.save_pretrained(beside)
@@ -266,9 +267,12 @@ def save_model(model, tokenizer, folder, decay=1.0):
         settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
         write_json(beside / "classifier.json", settings)
         os.chmod(beside, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # out of the way first: the old one is whole until the new one is there
+            old = beside.with_name(f".{folder.name}.old.tmp")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
         os.replace(beside, folder)
+        shutil.rmtree(folder.with_name(f".{folder.name}.old.tmp"), ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -302,6 +306,15 @@ def load_model(folder):
 def versions():
     """What this runs on, for the records."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+@contextlib.contextmanager
+def out_of_memory(advice):
+    """Turn a GPU's running out of memory into one sentence that ends with `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on {pick_device()} ({first_line(error).partition('. ')[0]}): {advice}") from None
 
 
 def start_processes():

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import collate, encode_split, fingerprint, read_labels, split_languages, split_path, train_batches
 from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
 from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, keep_tokens,
-                   layer_module, load_encoder, load_tokenizer, model_identity, pick_device, pick_precision, predict,
+                   layer_module, load_encoder, load_tokenizer, model_identity, out_of_memory, pick_device, pick_precision, predict,
                    save_model, start_processes, to_device, token_limit, versions)
 
 
@@ -548,8 +548,11 @@ def main(argv=None):
 
         names = ("epochs lr batch_size accumulate schedule clip freeze_epoch max_length eval_batch_size "
                  "eval_steps save_steps log_steps seed").split()
-        number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep, freeze_layers=freeze_layers,
-                     pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+        with out_of_memory(f"the step has --batch-size {args.batch_size} in --accumulate {args.accumulate} parts; with "
+                           f"--accumulate {2 * args.accumulate} the gradient is the same in half the memory. For "
+                           f"evaluation there is --eval-batch-size (now {args.eval_batch_size})"):
+            number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep, freeze_layers=freeze_layers,
+                         pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
         if number:
             if rank == 0:
                 print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; "

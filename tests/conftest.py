@@ -56,7 +56,7 @@ def make_model(folder, family="bert", blocks=5, seed=0, **more):
         positions = {"bert": 64, "xlm-roberta": 66}[family]
         extra = {"xlm-roberta": {"type_vocab_size": 1, "pad_token_id": 0}}.get(family, {})
         model = kind(config(vocab_size=size, hidden_size=36, num_hidden_layers=blocks, num_attention_heads=3, intermediate_size=52,
-                            max_position_embeddings=positions, **extra, **more))
+                            **{"max_position_embeddings": positions, **extra, **more}))
     model.save_pretrained(folder)
     return str(folder)
 

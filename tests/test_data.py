@@ -10,14 +10,16 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 import data
-from conftest import SHARED
+from conftest import SHARED, make_data
 from files import UserError
+from model import load_tokenizer
 
 XNLI_COLUMNS = ("language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 "
                 "sentence2 promptID pairID genre label1 label2 label3 label4 label5 sentence1_tokenized "
@@ -766,6 +768,59 @@ def test_batches_mix_lengths_no_more_than_they_must():
     assert sum(len(bucket) - 1 for bucket in buckets) <= len(set(-(-lengths // 8))) - 1
     widths = np.concatenate([lengths[batch] for batch in data.sorted_batches(lengths, 13)])
     assert widths.tolist() == sorted(lengths, reverse=True)
+
+
+# --- kept token ids ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def toy(model_folder, tmp_path):
+    return load_tokenizer(model_folder), make_data(tmp_path / "toy", train=30)
+
+
+def kept_tokens(folder):
+    return sorted((Path(folder) / ".tokens").glob("*.npz"))
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other))
+
+
+def test_token_ids_are_kept_and_read_again(toy, monkeypatch):
+    tokenizer, folder = toy
+    plain = data.encode(tokenizer, data.take(data.read_split(folder, "train", "en", data.read_labels(folder)), 20), 9)
+    arguments = tokenizer, "one", folder, "train", "en", data.read_labels(folder), 9, 20
+    assert same(data.encode_split(*arguments), plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", None)  # not called again
+        assert same(data.encode_split(*arguments), plain)
+    for other in (("two", *arguments[2:]), ("one", *arguments[2:6], 8, 20), ("one", *arguments[2:6], 9, 21)):
+        data.encode_split(tokenizer, *other)
+    assert len(kept_tokens(folder)) == 4
+
+
+def test_kept_token_ids_of_other_bytes_or_damaged_are_not_used(toy):
+    tokenizer, folder = toy
+    arguments = tokenizer, "one", folder, "dev", "de", data.read_labels(folder)
+    plain = data.encode_split(*arguments)
+    kept, = kept_tokens(folder)
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert same(data.encode_split(*arguments), plain)
+    np.savez(kept, **plain._replace(ids=plain.ids + 10_000)._asdict())  # ids that no tokenizer gave
+    assert same(data.encode_split(*arguments), plain)
+    path = Path(folder) / "dev.de.tsv"
+    path.write_text(path.read_text() + "bitte\trefund\n")
+    assert len(data.encode_split(*arguments).labels) == len(plain.labels) + 1
+
+
+def test_token_ids_that_cannot_be_kept_are_a_note(toy, monkeypatch, capsys):
+    tokenizer, folder = toy
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_atomic", full)
+    assert len(data.encode_split(tokenizer, "one", folder, "dev", "de", data.read_labels(folder)).labels) == 13
+    assert "note: the token ids are not kept for the next time ([Errno 28]" in capsys.readouterr().err
 
 
 # --- the real archives -------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from transformers import AutoModel, BertForSequenceClassification, DebertaV2Conf
 from conftest import make_model, make_tokenizer
 from data import Encoded
 from files import UserError
-from model import (POOLINGS, Classifier, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states, load_encoder,
-                   load_model, load_tokenizer, model_identity, pick_precision, pool, predict, save_model, token_limit)
+from model import (POOLINGS, Classifier, Dropout, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
+                   keep_tokens, load_encoder, load_model, load_tokenizer, model_identity, out_of_memory, pick_precision, pool, predict,
+                   save_model, token_limit, whole_state)
 
 FAMILIES = ["bert", "xlm-roberta", "distilbert", "deberta"]
 BLOCKS, HIDDEN = 5, 36
@@ -519,3 +520,47 @@ def test_predictions_are_in_the_rows_own_order_whatever_the_batch_size(folders, 
     with torch.no_grad():
         alone = torch.cat([model(batch_of([row])) for row in rows]).numpy()
     np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-5)
+
+
+# --- fast paths against the plain ones ---------------------------------------------------------------------------
+
+def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
+    layer, x = Dropout(0.3), torch.ones(37, 53, requires_grad=True)
+    torch.manual_seed(0)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, x.grad) and set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert y.max().item() == pytest.approx(1 / 0.7, rel=1e-4) and y.mean().item() == pytest.approx(1, abs=0.06)
+    assert torch.equal(layer.eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
+
+
+def test_the_classifier_drops_out_with_the_fast_kind(folders):
+    model = eval_classifier(folders["bert"])
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {Dropout}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_word_pieces_give_the_same_states_and_the_whole_table_is_saved(family, folders, tmp_path):
+    encoder = load_encoder(folders[family])[0].eval()
+    plain = AutoModel.from_pretrained(folders[family]).eval()
+    size = encoder.get_input_embeddings().num_embeddings
+    ids, pad = np.array([9, 3, 17, 40, 2]), 0
+    new = keep_tokens(encoder, ids, pad)
+    assert encoder.get_input_embeddings().num_embeddings == 6 and new[pad] == pad
+    batch = {"input_ids": torch.tensor([[2, 9, 40, 3], [2, 17, 3, pad]]), "attention_mask": torch.tensor([[1] * 4, [1] * 3 + [0]])}
+    small = encoder(**{**batch, "input_ids": torch.from_numpy(new)[batch["input_ids"]].long()}).last_hidden_state
+    torch.testing.assert_close(small[0], plain(**batch).last_hidden_state[0], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[new[17]] += 1.0
+    table = next(weight for name, weight in whole_state(encoder, 0.5).items() if name.endswith("word_embeddings.weight"))
+    expected = plain.get_input_embeddings().weight.detach() * 0.5
+    for i in [pad, *ids]:
+        expected[i] = plain.get_input_embeddings().weight[i] + (i == 17)
+    assert table.shape == (size, 36) and torch.equal(table, expected.detach())
+    with pytest.raises(UserError, match="the tokenizer gives token 999, the encoder knows"):
+        keep_tokens(load_encoder(folders[family])[0], [999], pad)
+
+
+def test_out_of_memory_says_what_to_try():
+    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory\): try 16"), out_of_memory("try 16"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import files
@@ -425,8 +426,10 @@ def interrupted(owner, name, calls):
     *[("auto", [k]) for k in (3, 5, 8, 9, 13)], ("auto", [5, 4, 4]),
     *[("pooler", [k]) for k in (4, 9, 10, 13)],
 ])
-def test_stopped_and_started_again_is_as_never_stopped(settings, stops, unstopped, model_folder, data_folder, tmp_path):
+def test_stopped_and_started_again_is_as_never_stopped(settings, stops, unstopped, model_folder, data_folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
+    # TensorBoard orders the files of one process and one second by a number's text, "9" after "10": begin at 0
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     for steps in stops:
         with interrupted(train, "train_step", steps):
             fine_tune(out, model_folder, data_folder, SETTINGS[settings])
@@ -680,6 +683,22 @@ def test_random_layers_are_drawn_by_the_seed(model_folder, data_folder, tmp_path
         drawn += [tuple(pooled), tuple(frozen)]
     assert len(set(drawn)) > 2
     assert drawn[:2] == [tuple(train.draw_layers(2, 5, 0, flag)) for flag in ("--random-layers", "--random-freeze")]
+
+
+def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(model_folder, data_folder, tmp_path, monkeypatch):
+    """Adam over the whole vocabulary, weight decay included, against Adam over the rows that the data uses."""
+    fine_tune(tmp_path / "some", model_folder, data_folder, FROZEN, "--lr 1e-3")
+    keep_tokens = train.keep_tokens
+    monkeypatch.setattr(train, "keep_tokens", lambda encoder, ids, pad_id: keep_tokens(
+        encoder, np.arange(encoder.get_input_embeddings().num_embeddings), pad_id))
+    text = fine_tune(tmp_path / "all", model_folder, data_folder, FROZEN, "--lr 1e-3")
+    assert "158 of 158 word pieces" in text
+    for epoch in kept(tmp_path / "all"):
+        some, whole = (weights(tmp_path / name / "epochs" / str(epoch)) for name in ("some", "all"))
+        for name in whole:
+            torch.testing.assert_close(some[name], whole[name], atol=1e-6, rtol=0)
+    start = load_file(Path(model_folder) / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert (weights(tmp_path / "some/epochs/3")["encoder.embeddings.word_embeddings.weight"] != start).any(1).all()  # all decayed
 
 
 def test_more_random_layers_than_there_are(script, model_folder, data_folder, tmp_path):
