@@ -530,6 +530,7 @@ def main(argv=None):
         tokens = {(split, language): encode_split(tokenizer, description["tokenizer"], args.data, split, language, labels,
                                                   args.max_length, limits.get(split, args.max_eval_rows))
                   for split, language in [("train", args.train_language), *sets]}
+        tokenizer.backend_tokenizer.no_truncation()  # tokenising leaves it on, kept token ids do not: save it alike
         used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
         new_ids = keep_tokens(model.encoder, used, tokenizer.pad_token_id)
         tokens = {key: part._replace(ids=new_ids[part.ids]) for key, part in tokens.items()}

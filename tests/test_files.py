@@ -180,7 +180,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_killed_start_is_gone_on_from(tmp_path):
-    (tmp_path / ".run.json.k3x").write_text("{")  # what write_atomic leaves when it is killed outright
+    (tmp_path / ".run.json.k3x.tmp").write_text("{")  # what write_atomic leaves when it is killed outright
     assert files.start_folder(tmp_path, "run.json", JOB) is False
 
 
