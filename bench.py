@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sklearn.linear_model import LogisticRegression
 from transformers import (AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel, DataCollatorWithPadding,
                           Trainer, TrainerCallback, TrainingArguments)
@@ -97,7 +97,8 @@ class Table:
         """Rates (higher is better) of this project and of what stands beside it; their ratio against a goal."""
         self.rows.append({"work": work, "beside": beside, "ours": ours, "theirs": theirs, "unit": unit,
                           "ratio": ours / theirs, "goal": goal, "mib": memory, "their_mib": their_memory})
-        print(f"{work} | {beside}: {ours:.4g} against {theirs:.4g} {unit}, {ours / theirs:.2f}x (goal {goal})", flush=True)
+        print(f"{work} | {beside}: {ours:.4g} against {theirs:.4g} {unit}, {ours / theirs:.2f}x (goal {goal})",
+              flush=True)
 
     def markdown(self):
         def number(value):
@@ -143,7 +144,7 @@ def bench_extraction(table, model, rows, dtype, limit, repeats):
     table.add("extraction, 13 layers x 3 poolings", "transformers, padded to 128, float32", rate,
               len(few.labels) / seconds, "rows/s", "9", memory, theirs)
     part = Transformer(model, max_seq_length=128)
-    sentences = SentenceTransformer(modules=[part, Pooling(part.get_word_embedding_dimension())], device=str(DEVICE))
+    sentences = SentenceTransformer(modules=[part, Pooling(part.get_embedding_dimension())], device=str(DEVICE))
     texts = [" ".join(pair) for pair in zip(rows.text_a, rows.text_b)] if rows.text_b else rows.text_a
     seconds, theirs = measure(lambda: sentences.encode(texts, batch_size=32), 1)
     table.add("", "sentence-transformers encode (1 vector), float32", rate, count / seconds, "rows/s", "3.5", memory,
@@ -230,7 +231,8 @@ class Clock(TrainerCallback):
 
 def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, labels=3):
     """transformers' Trainer on these rows: padded to 128 in float32, or tuned: dynamic padding, grouped by length."""
-    texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128, padding=False if tuned else "max_length")
+    texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128,
+                      padding=False if tuned else "max_length")
     data = [{**{key: values[i] for key, values in texts.items()}, "labels": rows.labels[i]}
             for i in range(len(rows.labels))]
     low = tuned and dtype != torch.float32
@@ -243,7 +245,7 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
     clock = Clock()
     module = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, dtype=torch.float32)
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-    return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock, data
+    return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
 def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, evaluation):
@@ -266,7 +268,7 @@ def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, 
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
         for tuned, part, passes, goal in ((False, few, 1, "6"), (True, rows, repeats, "1.25")):
-            theirs, clock, _ = trainer(model, tokenizer, part, batch_size, folder, tuned, passes, dtype)
+            theirs, clock = trainer(model, tokenizer, part, batch_size, folder, tuned, passes, dtype)
             reset_peak()
             theirs.train()
             table.add(f"fine-tuning, {name}" * (not tuned), "Trainer tuned: dynamic padding, by length, same precision"
@@ -360,7 +362,9 @@ def main(argv=None):
     limit, table = product_rate(dtype), Table()
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, {dtype}: {limit / 1e12:.3f} TFLOP/s in matrix products")
-    config = load_encoder(args.model)[0].config
+    encoder = load_encoder(args.model)[0]
+    config, identity = encoder.config, model_identity(encoder, load_tokenizer(args.model), args.model)
+    del encoder
     if "extraction" in args.only:
         bench_extraction(table, args.model, rows, dtype, limit, args.repeats)
     if "search" in args.only:
@@ -380,10 +384,8 @@ def main(argv=None):
         bench_tokens(table, args.model, everything, labels, args.token_rows)
     text = (f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "
             f"passes of {len(rows.labels)} rows\n\n{table.markdown()}\n")
-    write_json(Path(args.out) / "bench.json", {"where": where, "dtype": str(dtype), "product_rate": limit, "rows": table.rows,
-                                               "model": model_identity(load_encoder(args.model)[0],
-                                                                       load_tokenizer(args.model), args.model),
-                                               "versions": versions()})
+    write_json(Path(args.out) / "bench.json", {"where": where, "dtype": str(dtype), "product_rate": limit,
+                                               "rows": table.rows, "model": identity, "versions": versions()})
     with write_atomic(Path(args.out) / "bench.md") as file:
         file.write(text)
     print(f"\n{text}\nwritten to {args.out}/")

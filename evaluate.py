@@ -225,8 +225,8 @@ def report(results):
     text += ("\nThe same runs at the epoch that each protocol chooses, English / mean of the other languages. "
              "`en`: best on English dev, true zero-shot;\n"
              "`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev"
-             + "; `test`: on the other languages'\ntest sets, as the paper did: too high by the choice" * ("test" in names)
-             + ".\n\n")
+             + "; `test`: on the other languages'\ntest sets, as the paper did: too high by the choice"
+             * ("test" in names) + ".\n\n")
     text += markdown_table(["system", *names], [[system["name"], *(
         f"{mean_of(system['protocols'].get(p, {}), True)} / {mean_of(system['protocols'].get(p, {}), False)}"
         for p in names)] for system in results["systems"]]) + "\n"

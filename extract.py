@@ -19,8 +19,8 @@ import torch.distributed as dist
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
 from files import UserError, claim, cli, finish_folder, progress_bar, start_folder, write_atomic
 from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer,
-                   model_identity, out_of_memory, pick_device, pick_precision, pool, start_processes, to_device, token_limit,
-                   versions)
+                   model_identity, out_of_memory, pick_device, pick_precision, pool, start_processes, to_device,
+                   token_limit, versions)
 
 
 def pool_all(encoder, batch):

@@ -81,7 +81,7 @@ def freeze_layers(encoder, layers):
 
 
 def keep_tokens(encoder, ids, pad_id):
-    """Keep only the rows of the word embeddings that the token `ids` use (and those up to [PAD], which keeps its number).
+    """Keep only the rows of the word embeddings that the token `ids` use, and those up to [PAD], whose number stays.
 
     Exact: the others get no gradient, yet Adam, clipping and the gradient itself would go over all of them at every
     step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32. UserError for an id too high.
@@ -267,12 +267,12 @@ def save_model(model, tokenizer, folder, decay=1.0):
         settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
         write_json(beside / "classifier.json", settings)
         os.chmod(beside, 0o755)
-        if folder.exists():  # out of the way first: the old one is whole until the new one is there
-            old = beside.with_name(f".{folder.name}.old.tmp")
-            shutil.rmtree(old, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # out of the way, and gone once the new one is there
             os.replace(folder, old)
         os.replace(beside, folder)
-        shutil.rmtree(folder.with_name(f".{folder.name}.old.tmp"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -314,7 +314,8 @@ def out_of_memory(advice):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory on {pick_device()} ({first_line(error).partition('. ')[0]}): {advice}") from None
+        what = first_line(error).partition(". ")[0]
+        raise UserError(f"out of memory on {pick_device()} ({what}): {advice}") from None
 
 
 def start_processes():

@@ -65,7 +65,7 @@ def choose_epochs(history, protocol, languages, folder):
                         f"{' '.join(there) or 'no language'} alone" + " (train.py --track-test)" * (split == "test"))
 
     def best(score):
-        return max(history, key=lambda epoch: (round(score(history[epoch][split]), 9), -epoch))  # a tie but for rounding
+        return max(history, key=lambda epoch: (round(score(history[epoch][split]), 9), -epoch))  # rounding parts no tie
 
     if protocol == "oracle":
         return {language: best(lambda scores: scores[language]) for language in languages}

@@ -6,7 +6,8 @@
 
 Reads   DATA/train.LANG.tsv and DATA/dev.*.tsv (test.*.tsv only with --track-test), and the encoder.
 Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the model after epoch K: the last, and each
-        that is best so far on some dev set), OUT/resume/. Stopped and started again with the same command it goes on.
+        that is best so far on some dev set), OUT/resume/; DATA/.tokens/, token ids for the next time.
+        Stopped and started again with the same command it goes on.
 Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 import argparse
@@ -29,9 +30,9 @@ from tqdm import tqdm
 
 from data import collate, encode_split, fingerprint, read_labels, split_languages, split_path, train_batches
 from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers, keep_tokens,
-                   layer_module, load_encoder, load_tokenizer, model_identity, out_of_memory, pick_device, pick_precision, predict,
-                   save_model, start_processes, to_device, token_limit, versions)
+from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers,
+                   keep_tokens, layer_module, load_encoder, load_tokenizer, model_identity, out_of_memory, pick_device,
+                   pick_precision, predict, save_model, start_processes, to_device, token_limit, versions)
 
 
 # --- the pieces of a step ----------------------------------------------------------------------------------------
@@ -138,7 +139,8 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.step, self.frozen = 0, []  # optimizer steps done; layers frozen
         self.weight_decay, self.decay = weight_decay, 1.0  # decay: of embedding rows that the data does not use
-        self.metrics, self.history, self.best_joint = [], {}, -1.0  # rows; {epoch: choosing_scores()}; for auto freezing
+        self.metrics, self.history = [], {}  # rows; {epoch: choosing_scores()}
+        self.best_joint = -1.0  # for automatic freezing
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, rows since the last evaluation
 
     def freeze(self, layers):
@@ -454,6 +456,13 @@ def parse_args(argv):
                        help="log train loss every N steps (default: 50)")
     group.add_argument("--eval-batch-size", type=int, default=64, help="rows at once in evaluation (default: 64)")
     args = parser.parse_args(argv)
+    check_args(args, parser)
+    args.layers, args.pooling = args.layers or [6, 8, 11], args.pooling or "max"
+    return args
+
+
+def check_args(args, parser):
+    """Refuse flags that do not fit together or are out of range; --freeze-epoch as a number, --layers-from read."""
     if args.layers_from and (args.layers or args.pooling):
         parser.error("--layers-from gives the layers and the pooling: leave out --layers and --pooling")
     if args.random_layers and (args.layers or args.layers_from) or args.random_freeze and args.freeze_layers:
@@ -493,8 +502,6 @@ def parse_args(argv):
                 or args.pooling not in POOLINGS:
             raise UserError(f"{args.layers_from}: expected a list of layer numbers and one of {', '.join(POOLINGS)}, "
                             f"got {args.layers!r} and {args.pooling!r}")
-    args.layers, args.pooling = args.layers or [6, 8, 11], args.pooling or "max"
-    return args
 
 
 def main(argv=None):
@@ -514,7 +521,8 @@ def main(argv=None):
     if not sets or args.freeze_epoch == "auto" and not any(key[0] == "dev" and key[1] != "en" for key in sets):
         raise UserError(f"{args.data} has no dev file"
                         + " in another language than English, which --freeze-epoch auto needs" * bool(sets))
-    files = [split_path(args.data, "train", args.train_language).name, *(f"{split}.{language}.tsv" for split, language in sets)]
+    files = [split_path(args.data, "train", args.train_language).name,
+             *(f"{split}.{language}.tsv" for split, language in sets)]
     description = {"arguments": {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "log_steps")},
                    **model_identity(model.encoder, tokenizer, args.model), "labels": labels,
                    "data": fingerprint(args.data, files), "precision": str(dtype).removeprefix("torch."),
@@ -526,9 +534,9 @@ def main(argv=None):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
-        limits = {"train": args.max_train_rows}
-        tokens = {(split, language): encode_split(tokenizer, description["tokenizer"], args.data, split, language, labels,
-                                                  args.max_length, limits.get(split, args.max_eval_rows))
+        tokens = {(split, language): encode_split(
+                      tokenizer, description["tokenizer"], args.data, split, language, labels, args.max_length,
+                      args.max_train_rows if split == "train" else args.max_eval_rows)
                   for split, language in [("train", args.train_language), *sets]}
         tokenizer.backend_tokenizer.no_truncation()  # tokenising leaves it on, kept token ids do not: save it alike
         used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
@@ -552,8 +560,9 @@ def main(argv=None):
         with out_of_memory(f"the step has --batch-size {args.batch_size} in --accumulate {args.accumulate} parts; with "
                            f"--accumulate {2 * args.accumulate} the gradient is the same in half the memory. For "
                            f"evaluation there is --eval-batch-size (now {args.eval_batch_size})"):
-            number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep, freeze_layers=freeze_layers,
-                         pad_id=tokenizer.pad_token_id, dtype=dtype, **{name: getattr(args, name) for name in names})
+            number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep,
+                         freeze_layers=freeze_layers, pad_id=tokenizer.pad_token_id, dtype=dtype,
+                         **{name: getattr(args, name) for name in names})
         if number:
             if rank == 0:
                 print(f"stopped by {signal.Signals(number).name} after step {state.step}, the state is saved; "
