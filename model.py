@@ -21,7 +21,8 @@ import torch.nn as nn
 import transformers
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers.masking_utils import eager_mask
 from transformers.utils import logging as transformers_logging
 
 from data import collate, sorted_batches
@@ -138,13 +139,33 @@ def keep_mask(shape, dropout, device, generator=None):
     return bits.view(torch.int16)[:count].view(shape) >= round(dropout * 65536) - 32768
 
 
+def drop(x, dropout):
+    """Dropout of a tensor with keep_mask()."""
+    return x * keep_mask(x.shape, dropout, x.device).to(x.dtype).div_(1 - round(dropout * 65536) / 65536)
+
+
 class Dropout(nn.Dropout):
-    """nn.Dropout with keep_mask() on a CPU."""
+    """nn.Dropout with drop() on a CPU."""
 
     def forward(self, x):
-        if not self.training or not self.p or x.device.type != "cpu":
-            return super().forward(x)
-        return x * keep_mask(x.shape, self.p, x.device).to(x.dtype).div_(1 - round(self.p * 65536) / 65536)
+        fast = self.training and self.p and x.device.type == "cpu"
+        return drop(x, self.p) if fast else super().forward(x)
+
+
+def attention(module, query, key, value, mask, scaling, dropout=0.0, **_):
+    """What encoders call on a CPU: transformers' eager attention with drop(), in the products' precision throughout.
+
+    query, key, value: (B, heads, T, D / heads); mask: (B, 1, T, T), added to the scores, or None.
+    """
+    with torch.autocast("cpu", enabled=False):  # softmax sums in float32 whatever it is given
+        scores = (query * scaling) @ key.transpose(2, 3)
+        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
+        weights = drop(weights, dropout) if dropout else weights
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("cpu", attention)
+AttentionMaskInterface.register("cpu", eager_mask)
 
 
 class Classifier(nn.Module):
@@ -201,7 +222,7 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_encoder(name, top=None, attention=None):
+def load_encoder(name, top=None):
     """Load an encoder in float32, whatever its file holds, cut after layer `top` (None: whole).
 
     Reads safetensors alone and runs no code of the model's. Returns the encoder and whether it has a pretrained
@@ -209,14 +230,15 @@ def load_encoder(name, top=None, attention=None):
     """
     try:
         encoder, info = AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            attn_implementation=attention or (None if torch.cuda.is_available() else "eager"))  # on a CPU it is faster
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:
         raise UserError(f"no encoder can be loaded from {str(name)!r}: {first_line(error)}") from None
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         raise UserError(f"{str(name)!r} lacks weights of {type(encoder).__name__}: {(missing or ['wrong shapes'])[0]}")
     pretrained_pooler = getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
+    if not torch.cuda.is_available():
+        encoder.set_attn_implementation("cpu")  # DeBERTa, whose attention is its own, stays as it is
     if top is not None:
         check_layers([top], len(blocks(encoder)), "layer")
         cut_after(encoder, top)

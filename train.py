@@ -443,6 +443,9 @@ def parse_args(argv):
     group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
+    group.add_argument("--compile", choices=["default", "reduce-overhead"],
+                       help="run the model through torch.compile, once for all lengths; reduce-overhead: with CUDA "
+                            "graphs (a GPU, no --accumulate)")
     group.add_argument("--seed", type=int, default=0,
                        help="of the classifier's weights, row order and dropout (default: 0)")
     group = parser.add_argument_group("evaluating and saving")
@@ -495,6 +498,8 @@ def check_args(args, parser):
                                 ("weight_decay", lambda v: v >= 0, "--weight-decay >= 0")):
         if getattr(args, name) is not None and not fits(getattr(args, name)):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {allowed}")
+    if args.compile == "reduce-overhead" and (args.accumulate > 1 or not torch.cuda.is_available()):
+        parser.error("--compile reduce-overhead needs a GPU, and --accumulate 1: a CUDA graph's gradients are its own")
     if args.layers_from:
         best = read_json(args.layers_from, "layers", "pooling")
         args.layers, args.pooling = best["layers"], best["pooling"]
@@ -543,6 +548,8 @@ def main(argv=None):
         new_ids = keep_tokens(model.encoder, used, tokenizer.pad_token_id)
         tokens = {key: part._replace(ids=new_ids[part.ids]) for key, part in tokens.items()}
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
+        if args.compile:
+            model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew
         if rank == 0:
             describe(model, count, freeze_layers, note, dtype, world)
         state.load(out)

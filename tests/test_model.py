@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertForSequenceClassification, DebertaV2Config, DebertaV2Model
+from transformers.models.bert import modeling_bert
 
+import model as model_module
 from conftest import make_model, make_tokenizer
 from data import Encoded
 from files import UserError
-from model import (POOLINGS, Classifier, Dropout, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
+from model import (POOLINGS, Classifier, Dropout, attention, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
                    keep_tokens, load_encoder, load_model, load_tokenizer, model_identity, out_of_memory, pick_precision, pool, predict,
                    save_model, token_limit, whole_state)
 
@@ -103,10 +105,12 @@ def test_second_texts_change_the_states_of_bert(folders, rows):
     assert (one[-1] - two[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family, attention", [(family, kind) for family in FAMILIES for kind in ("eager", "sdpa")][:-1])
+@pytest.mark.parametrize("family, kind", [(family, kind) for family in FAMILIES for kind in ("cpu", "sdpa")][:-1])
 @torch.no_grad()
-def test_padding_changes_no_pooled_vector(folders, rows, family, attention):  # DeBERTa has no sdpa
-    encoder = load_encoder(folders[family], attention=attention)[0].eval()
+def test_padding_changes_no_pooled_vector(folders, rows, family, kind):  # DeBERTa has an attention of its own
+    encoder = load_encoder(folders[family])[0].eval()
+    assert encoder.config._attn_implementation == ("eager" if family == "deberta" else "cpu")
+    encoder.set_attn_implementation(kind)
 
     def pooled(part, width=0):
         batch = batch_of(part, width)
@@ -117,6 +121,32 @@ def test_padding_changes_no_pooled_vector(folders, rows, family, attention):  # 
     torch.testing.assert_close(pooled(rows), alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(pooled(rows, 29), alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat([pooled(rows[:3], 17), pooled(rows[3:])], dim=2), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_attention_and_its_gradient_are_those_of_transformers(dropout, dtype, atol, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    query, key, value, factor = (torch.randn(2, 3, 7, 5, generator=random).to(dtype) for _ in range(4))
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(torch.arange(7)[None, None, None] >= torch.tensor([7, 4])[:, None, None, None],
+                                               torch.finfo(torch.float32).min)
+    kept = {}
+
+    def same_dropout(weights, p=0.0, training=True):  # transformers' dropout, with our mask
+        return weights * kept["mask"] / (1 - p) if p else weights
+
+    def results(function):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output, _ = function(None if function is attention else torch.nn.Module(), *inputs, mask, scaling=0.3, dropout=dropout)
+        (output.transpose(1, 2) * factor).float().sum().backward()
+        return [output, *(x.grad for x in inputs)]
+
+    monkeypatch.setattr(model_module, "keep_mask", lambda *a: kept.setdefault("mask", torch.rand(2, 3, 7, 7, generator=random) >= 0.25))
+    mine = results(attention)
+    monkeypatch.setattr(modeling_bert.nn.functional, "dropout", same_dropout)
+    for a, b in zip(mine, results(modeling_bert.eager_attention_forward)):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

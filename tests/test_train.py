@@ -297,6 +297,28 @@ def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, m
     assert lines[4] == f"{count:,} parameters to train; float32 products, cpu"
 
 
+def test_compiled_is_the_same_run_before_and_after_freezing(still_model, data_folder, tmp_path, monkeypatch):
+    modes = []
+
+    def compile_(self, **settings):  # inductor's kernels take a minute; what is traced, guarded and differentiated is this
+        modes.append(settings)
+        torch.nn.Module.compile(self, dynamic=True, backend="aot_eager")
+
+    monkeypatch.setattr(train.Classifier, "compile", compile_)
+    flags = "--layers 0 1 --dropout 0 --freeze-layers 0 --freeze-epoch 1 --epochs 2"
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    fine_tune(plain, still_model, data_folder, flags)
+    fine_tune(compiled, still_model, data_folder, flags, "--compile default")
+    assert modes == [{"dynamic": True, "mode": "default"}]
+    for mine, other in zip(metrics(compiled), metrics(plain), strict=True):
+        assert mine.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-5)
+        assert mine == other
+    for epoch in (1, 2):
+        mine, other = (weights(run / "epochs" / str(epoch)) for run in (compiled, plain))
+        for name, tensor in other.items():
+            torch.testing.assert_close(mine[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_freezing_a_layer_above_the_cut_changes_nothing(model_folder, data_folder, tmp_path):
     text = fine_tune(tmp_path / "noop", model_folder, data_folder, "--layers 1 3 --freeze-layers 4 5 --freeze-epoch 1")
     fine_tune(tmp_path / "plain", model_folder, data_folder, "--layers 1 3")
