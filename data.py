@@ -214,7 +214,7 @@ def encode_split(tokenizer, identity, folder, split, language, labels, max_lengt
     parts = [identity, sha256(split_path(folder, split, language)), labels, max_length, limit]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     kept = Path(folder) / ".tokens" / f"{split}.{language}.{key[:16]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+    with contextlib.suppress(Exception):  # not there, or damaged: it is made anew
         with np.load(kept) as arrays:
             encoded = Encoded(*(arrays[name] for name in Encoded._fields))
         if len(encoded.ids) == encoded.starts[-1] and len(encoded.labels) == len(encoded.second) \

@@ -17,7 +17,7 @@ import torch
 
 from data import encode, read_labels, read_split, read_table, split_languages, take
 from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
-from model import load_model, out_of_memory, pick_device, pick_precision, predict
+from model import load_model, out_of_memory, pick_device, pick_precision, predict, token_limit
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
 from significance import bootstrap_difference, holm, mcnemar, premise_clusters
 
@@ -46,10 +46,10 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
         path = folder / "predictions" / str(epoch) / f"{split}.{language}.npy"
         rows = take(read_split(data, split, language, run["labels"]), max_rows)
         origin = {"sha256": sha256(Path(data) / f"{split}.{language}.tsv"), "rows": len(rows.labels)}
-        origins = read_json(path.parent / "origins.json") if (path.parent / "origins.json").exists() else {}
+        origins = read_json(path.parent / "origins.json", {}) if (path.parent / "origins.json").exists() else {}
         if origins.get(path.name) != origin or not path.exists():
             if epoch not in models:
-                models[epoch] = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
+                models[epoch] = load_epoch(folder, epoch, run)
             model, tokenizer, dtype = models[epoch]
             encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
             with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
@@ -63,17 +63,20 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
     return logits
 
 
-def load_epoch(folder, epoch, precision="auto"):
+def load_epoch(folder, epoch, run):
     """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products.
 
-    precision: the run's --precision, so that dev accuracies are those of metrics.jsonl; fp16 without a GPU is "auto".
+    That is the run's --precision, so that dev accuracies are those of metrics.jsonl; fp16 without a GPU is "auto".
     """
     path = Path(folder) / "epochs" / str(epoch)
     if not path.is_dir():
         kept = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdecimal())
         raise UserError(f"{folder} did not keep epoch {epoch}, but {' '.join(map(str, kept)) or 'none'}")
     model, tokenizer = load_model(path)
-    device = pick_device()
+    token_limit(model.encoder, run["arguments"]["max_length"])
+    if model.labels != run["labels"]:
+        raise UserError(f"{path}/classifier.json and {folder}/run.json name different labels")
+    device, precision = pick_device(), run["arguments"]["precision"]
     precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
     return model.to(device), tokenizer, pick_precision(precision, device)
 
@@ -83,7 +86,7 @@ def load_epoch(folder, epoch, precision="auto"):
 def is_xnli(data):
     """Whether a data set folder was made from the XNLI archives."""
     path = Path(data) / "sources.json"
-    return path.exists() and any("XNLI" in str(source) for source in read_json(path).values())
+    return path.exists() and any("XNLI" in str(source) for source in read_json(path, {}).values())
 
 
 def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
@@ -92,7 +95,7 @@ def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
     truth: {language: (N,) classes}. A run that was trained on another language than English counts in that one alone.
     """
     run, history = read_run(folder)
-    trained = run["arguments"].get("train_language", "en")
+    trained = run["arguments"]["train_language"]
     languages = list(truth) if trained == "en" else [trained] if trained in truth else []
     protocols = {}
     for name in dict.fromkeys([protocol, "last", "en", "joint", "oracle", "test"]):
@@ -109,7 +112,7 @@ def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
         protocols[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
         if name == protocol:
             shown = right
-    return {"run": str(folder), "seed": run["arguments"].get("seed"), "train_language": trained, **protocols[protocol],
+    return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": trained, **protocols[protocol],
             "protocols": protocols}, shown
 
 
@@ -258,7 +261,7 @@ def label_input(folder, protocol, source, target, batch_size):
     labels = run["labels"]
     rows = read_table(source, labels)
     epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
-    model, tokenizer, dtype = load_epoch(folder, epoch, run["arguments"].get("precision", "auto"))
+    model, tokenizer, dtype = load_epoch(folder, epoch, run)
     encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
     logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
                      str(source))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
-from files import UserError, claim, cli, finish_folder, progress_bar, start_folder, write_atomic
+from files import UserError, claim, cli, finish_folder, load_array, progress_bar, start_folder, write_atomic
 from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer,
                    model_identity, out_of_memory, pick_device, pick_precision, pool, start_processes, to_device,
                    token_limit, versions)
@@ -74,9 +74,9 @@ class PartFiles:
                         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             with write_atomic(self.counter, "wb") as file:
                 file.write(bytes(8))
-        self.arrays = [np.load(part if part.exists() else final, mmap_mode="r+")  # a stop in finish() left some renamed
-                       for part, final in zip(self.parts, self.finals)]
-        self.done = np.memmap(self.counter, np.int64, "r+")
+        self.arrays = [load_array(part if part.exists() else final, shape, mode="r+",  # a stop in finish() renamed some
+                                  remedy="--overwrite starts anew") for part, final in zip(self.parts, self.finals)]
+        self.done = np.memmap(self.counter, np.int64, "r+", shape=(1,))
 
     def write(self, rows, values):
         """values (P, L, B, D) go to columns `rows` of the P arrays; one batch more is done."""

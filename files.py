@@ -62,17 +62,38 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path, *keys):
-    """The JSON object in a file, which must hold `keys`. UserError when it is missing, broken or lacks one."""
+KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+
+
+def misfit(value, form, name="it"):
+    """Where a JSON value does not have a form, as "'labels' to be a list"; None where it has.
+
+    A form is a type; [form] for a list of such; {key: form} for an object with at least these keys, {str: form} for one
+    whose values are all such.
+    """
+    kind = form if isinstance(form, type) else type(form)
+    if type(value) is not kind:
+        return f"{name} to be {KINDS[kind]}"
+    if kind is list and form is not list:
+        parts = [(entry, form[0], f"each entry of {name}") for entry in value]
+    elif kind is dict and str in form:
+        parts = [(entry, form[str], f"each entry of {name}") for entry in value.values()]
+    else:
+        parts = [(value.get(key), part, repr(key)) for key, part in form.items()] if isinstance(form, dict) else []
+    return next(filter(None, (misfit(*part) for part in parts)), None)
+
+
+def read_json(path, form):
+    """The JSON object in a file, of a form that misfit() explains. UserError when it is missing, broken or another."""
     try:
         value = json.loads(Path(path).read_bytes())
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if missing or not isinstance(value, dict):
-        raise UserError(f"{path} should be a JSON object" + f" with the key {missing[0]!r}" * bool(missing))
+    if wrong := misfit(value, form):
+        raise UserError(f"{path}: expected {wrong}")
     return value
 
 
@@ -122,7 +143,7 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
     if overwrite:
         clear(path for path in folder.iterdir() if path.name != ".lock")
     elif (folder / name).is_file():
-        old = read_json(folder / name, "complete")
+        old = read_json(folder / name, {"complete": bool})
         different = differences({key: old.get(key) for key in description}, description)
         if different:
             raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. "
@@ -142,16 +163,17 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
 
 def finish_folder(folder, name):
     """Note in folder/name that the job of start_folder() is complete."""
-    write_json(Path(folder) / name, {**read_json(Path(folder) / name), "complete": True})
+    write_json(Path(folder) / name, {**read_json(Path(folder) / name, {}), "complete": True})
 
 
-def load_array(path, shape, kind="f", remedy="run extract.py again"):
+def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
     """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
+        array = array if mode == "r" else np.lib.format.open_memmap(path, mode)  # which alone would fill up a short file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
-    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+    except Exception as error:  # NumPy raises a dozen different ones
         raise UserError(f"{path} is damaged or cut short ({error}): {remedy}") from None
     if array.shape != shape or array.dtype.kind != kind:
         raise UserError(f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} "

@@ -14,7 +14,6 @@ so that a step is L matrix products, whatever M is, and no product is spent on a
 """
 import argparse
 import time
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def load_part(path, shape):
     try:
         with np.load(path) as part:
             confusion, seconds = part["confusion"], float(part["seconds"])
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise a dozen different ones
         raise UserError(f"{path} is damaged or cut short ({error}): delete it, and run the search again") from None
     if confusion.shape != shape:
         raise UserError(f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again")
@@ -216,8 +215,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
-    manifest = read_json(Path(args.features) / "manifest.json",
-                         "layers", "hidden_size", "labels", "inputs", "poolings", "complete")
+    manifest = read_json(Path(args.features) / "manifest.json", {
+        "layers": [int], "hidden_size": int, "labels": [str], "inputs": {str: {"rows": int}}, "complete": bool})
     if not manifest["complete"]:
         raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
     check_layers(args.layers, max(manifest["layers"]), "--layers")
@@ -274,7 +273,7 @@ def main(argv=None):
         text = write_grid(out, Results(confusion, args.poolings, combinations, files), manifest["labels"], args.select,
                           args.hidden, sum(part[1] for row in parts for part in row), manifest.get("model"))
         finish_folder(out, "run.json")
-    best = read_json(out / "best.json")
+    best = read_json(out / "best.json", {})
     print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; "
           f"written to {out}/")
     return 0

@@ -302,7 +302,8 @@ def save_model(model, tokenizer, folder, decay=1.0):
 
 def load_model(folder):
     """Read a folder of save_model(): a Classifier and its tokenizer. UserError when it is broken."""
-    settings = read_json(Path(folder) / "classifier.json", "head", "layers", "pooling", "dropout", "hidden", "labels")
+    settings = read_json(Path(folder) / "classifier.json",
+                         {"head": str, "layers": [int], "pooling": str, "hidden": int, "labels": [str]})
     encoder, pretrained_pooler = load_encoder(folder)
     if settings["head"] == "layers":
         drop_pooler(encoder)
@@ -372,6 +373,8 @@ def pick_precision(name, device):
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             name = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    if name not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"precision {name!r}: expected auto, fp32, bf16 or fp16")
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from files import UserError, cli, read_json, write_atomic
 from ranking import foreign, read_grid
-from runs import group_runs, paper_order, read_metrics
+from runs import RUN, group_runs, paper_order, read_metrics
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
 MARKERS, LINES = "osD^vP*X", ["-", "--", "-.", ":"]
@@ -150,7 +150,7 @@ def plot_confusion(folder, save):
 # --- fine-tuning -------------------------------------------------------------------------------------------------
 
 def plot_training(folders, split, save):
-    runs = [read_json(Path(folder) / "run.json", "arguments", "labels") for folder in folders]
+    runs = [read_json(Path(folder) / "run.json", RUN) for folder in folders]
     metrics = [read_metrics(folder) for folder in folders]
     languages = paper_order({row["language"] for rows in metrics for row in rows if row["split"] == split})
     if not languages:
@@ -198,7 +198,7 @@ def plot_training(folders, split, save):
 # --- differences -------------------------------------------------------------------------------------------------
 
 def plot_differences(folder, save):
-    results = read_json(Path(folder) / "results.json", "systems", "baseline", "rows")
+    results = read_json(Path(folder) / "results.json", {"systems": [{"name": str}], "baseline": str, "rows": {}})
     systems = [system for system in results["systems"] if system.get("difference")]
     if not systems:
         raise UserError(f"{folder}/results.json compares no two systems: give evaluate.py two or more")

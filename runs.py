@@ -13,6 +13,10 @@ from files import UserError, read_json
 PAPER_LANGUAGES = "en zh es de ar ur".split()  # the columns of the paper's Table 1, in its order
 
 
+RUN = {"arguments": {"max_length": int, "train_language": str, "precision": str, "seed": int}, "labels": [str],
+       "complete": bool}
+
+
 def paper_order(languages):
     """Languages in the order of the paper's Table 1, the others after them."""
     return sorted(languages, key=lambda l: ([*PAPER_LANGUAGES, l].index(l), l))
@@ -35,7 +39,7 @@ def read_run(folder):
 
     test is there for runs with --track-test.
     """
-    run = read_json(Path(folder) / "run.json", "arguments", "labels", "complete", "precision")
+    run = read_json(Path(folder) / "run.json", RUN)
     history = {}
     for row in read_metrics(folder):
         if row["split"] != "train" and isinstance(row["epoch"], int):
@@ -80,7 +84,7 @@ def group_runs(folders, runs):
     groups = {}
     for i, run in enumerate(runs):
         settings = {key: value for key, value in run["arguments"].items() if key != "seed"}
-        if settings.get("train_language", "en") != "en":
+        if settings["train_language"] != "en":
             settings["train_language"] = "each"
         groups.setdefault(json.dumps([settings, run["labels"]], sort_keys=True), []).append(i)
     named = {}

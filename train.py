@@ -501,11 +501,10 @@ def check_args(args, parser):
     if args.compile == "reduce-overhead" and (args.accumulate > 1 or not torch.cuda.is_available()):
         parser.error("--compile reduce-overhead needs a GPU, and --accumulate 1: a CUDA graph's gradients are its own")
     if args.layers_from:
-        best = read_json(args.layers_from, "layers", "pooling")
+        best = read_json(args.layers_from, {"layers": [int], "pooling": str})
         args.layers, args.pooling = best["layers"], best["pooling"]
-        if not isinstance(args.layers, list) or not args.layers or not all(type(k) is int for k in args.layers) \
-                or args.pooling not in POOLINGS:
-            raise UserError(f"{args.layers_from}: expected a list of layer numbers and one of {', '.join(POOLINGS)}, "
+        if not args.layers or args.pooling not in POOLINGS:
+            raise UserError(f"{args.layers_from}: expected layer numbers and one of {', '.join(POOLINGS)}, "
                             f"got {args.layers!r} and {args.pooling!r}")
 
 

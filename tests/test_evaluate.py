@@ -228,7 +228,7 @@ def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder,
 
 
 def some_run(seed, lr=1e-3):
-    return {"arguments": {"lr": lr, "seed": seed}, "labels": LABELS}
+    return {"arguments": {"lr": lr, "seed": seed, "train_language": "en"}, "labels": LABELS}
 
 
 @pytest.mark.parametrize("folders, settings, expected", [
@@ -317,8 +317,9 @@ def test_labels_that_disagree(run, data, script, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("run.json", None, "run.json does not exist"),
     ("run.json", b"{", "run.json is not valid JSON"),
-    ("run.json", b"[]", "run.json should be a JSON object"),
-    ("run.json", b"{}", "run.json should be a JSON object with the key 'arguments'"),
+    ("run.json", b"[]", "run.json: expected it to be an object"),
+    ("run.json", b"{}", "run.json: expected 'arguments' to be an object"),
+    ("run.json", b'{"arguments": {"max_length": "many"}}', "run.json: expected 'max_length' to be a whole number"),
     ("metrics.jsonl", None, "has train.py finished an epoch?"),
     ("metrics.jsonl", b"", "holds no evaluation at the end of an epoch"),
     ("metrics.jsonl", b"garbage\n", "metrics.jsonl cannot be read"),
@@ -487,7 +488,7 @@ def test_rows_of_one_premise_are_one_cluster(tmp_path, monkeypatch):
         (tmp_path / f"test.{language}.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(f"{t}\th{i}\tyes\n" for i, t in enumerate(texts)))
     (tmp_path / "labels.txt").write_text("yes\nno\n")
     description = {"arguments": {"seed": 0}, "labels": ["yes", "no"], "complete": True, "precision": "float32"}
-    monkeypatch.setattr(evaluate, "read_run", lambda folder: ({**description, "arguments": {"seed": 0, "name": str(folder)}}, {1: {"en": 1.0}}))
+    monkeypatch.setattr(evaluate, "read_run", lambda folder: ({**description, "arguments": {"seed": 0, "name": str(folder), "train_language": "en"}}, {1: {"en": 1.0}}))
     monkeypatch.setattr(evaluate, "run_logits", lambda folder, run, epochs, *rest: {l: np.eye(2)[[0, 1, 0, 1, 0]] for l in epochs})
     evaluate.compare(["a", "b"], tmp_path, "test", "last", None, None, 8, 10)
     assert seen == [[0, 0, 1, 1, 2]]

@@ -118,7 +118,7 @@ def test_write_atomic_takes_the_place_when_it_is_whole(tmp_path, mode, content, 
 def test_json_goes_and_comes_back(tmp_path):
     value = {"ä": [1, 2.5, None], "b": {"c": "中"}}
     files.write_json(tmp_path / "x.json", value)
-    assert files.read_json(tmp_path / "x.json", "ä", "b") == value
+    assert files.read_json(tmp_path / "x.json", {"ä": list, "b": {"c": str}}) == value
     assert "中" in (tmp_path / "x.json").read_text(encoding="utf-8")
 
 
@@ -128,14 +128,19 @@ def test_json_goes_and_comes_back(tmp_path):
     (b'{"a": 1', "x.json is not valid JSON: "),
     (b'{"a": "\xff"}', "x.json is not valid JSON: "),
     (b"[" * 100_000, "x.json is not valid JSON: "),
-    (b"[1]", "x.json should be a JSON object with the key 'a'"),
-    (b'{"b": 1}', "x.json should be a JSON object with the key 'a'"),
+    (b'{"b": "\\ud800"}', "x.json is not valid JSON: "),
+    (b"[1]", "x.json: expected it to be an object"),
+    (b'{"b": {}}', "x.json: expected 'a' to be a list"),
+    (b'{"a": {}, "b": {}}', "x.json: expected 'a' to be a list"),
+    (b'{"a": [1, true], "b": {}}', "x.json: expected each entry of 'a' to be a whole number"),
+    (b'{"a": [1], "b": {"c": {"d": 1}}}', "x.json: expected 'd' to be text"),
+    (b'{"a": [1], "b": {"c": []}}', "x.json: expected each entry of 'b' to be an object"),
 ])
 def test_read_json_says_what_is_wrong(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(files.UserError) as error:
-        files.read_json(tmp_path / "x.json", "a")
+        files.read_json(tmp_path / "x.json", {"a": [int], "b": {str: {"d": str}}})
     assert f"{tmp_path}/{message}" in str(error.value)
 
 
@@ -197,7 +202,7 @@ def test_overwrite_starts_anew(tmp_path):
 
 def test_start_folder_says_when_its_note_is_broken(tmp_path):
     (tmp_path / "run.json").write_text('{"model": "tiny"}')
-    with pytest.raises(files.UserError, match="run.json should be a JSON object with the key 'complete'"):
+    with pytest.raises(files.UserError, match="run.json: expected 'complete' to be true or false"):
         files.start_folder(tmp_path, "run.json", JOB)
 
 

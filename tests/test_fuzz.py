@@ -161,7 +161,6 @@ def test_feature_folders(draw, world):
     shutil.rmtree(out, ignore_errors=True)
 
 
-@pytest.mark.xfail(reason="known: values of other types in run.json and origins.json end in a traceback")
 @cases(120)
 @given(draw=st.data())
 def test_run_folders(draw, world):

@@ -507,7 +507,7 @@ BROKEN = {  # what is done to the features, and what the message must hold
     "no folder": (shutil.rmtree, ["manifest.json does not exist"]),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), ["manifest.json does not exist"]),
     "manifest is no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json is not valid JSON"]),
-    "manifest lacks a key": (lambda f: (f / "manifest.json").write_text('{"layers": [0]}'), ["manifest.json should be", "'hidden_size'"]),
+    "manifest lacks a key": (lambda f: (f / "manifest.json").write_text('{"layers": [0]}'), ["manifest.json: expected 'hidden_size' to be a whole number"]),
     "not complete": (lambda f: change_manifest(f, complete=False), [" is not complete: run extract.py again with the same command"]),
     "no English train": (lambda f: change_manifest(f, inputs={"dev.en.tsv": {"rows": 13}}),
                          ["the search needs train.en and a dev or test file, it holds dev.en"]),

@@ -47,7 +47,9 @@ def runs(tmp_path):
     for name, seed, frozen in (("base", 0, []), ("wf-seed0", 0, [9]), ("wf-seed1", 1, [9])):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "run.json").write_text(json.dumps({"arguments": {"seed": seed, "freeze_layers": frozen}, "labels": ["a", "b"]}))
+        (folder / "run.json").write_text(json.dumps({
+            "arguments": {"seed": seed, "freeze_layers": frozen, "max_length": 9, "train_language": "en", "precision": "auto"},
+            "labels": ["a", "b"], "complete": True}))
         rows = [{"epoch": epoch, "split": split, "language": language, "accuracy": 0.1 * epoch + 0.02 * seed, "frozen_layers":
                  frozen if epoch > 1 else []} for epoch in (1, 2, 3) for split, language in
                 (("train", ""), ("dev", "en"), ("dev", "zh"), ("dev", "de"))]
