@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import train
-from data import read_labels, read_split, split_languages
+from data import check_rows, read_labels, read_split, split_languages
 from evaluate import run_logits
 from files import UserError, cli, markdown_table, write_atomic, write_json
 from ranking import foreign, read_grid
@@ -29,7 +29,7 @@ def controls(layers, pooling, freeze, freeze_epoch, epochs):
     """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
     chosen = ["--layers", *layers, "--pooling", pooling]
     found = {f"wf-epoch-{n}": ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n],
-                               f"frozen after {n} epochs" if n != "auto" else "frozen at the first fall on joint dev",
+                               {1: "frozen after 1 epoch", 3: "frozen after 3 epochs", "auto": "frozen at the first fall on joint dev"}[n],
                                "mc-bert-wf")
              for n in (1, 3, "auto") if str(n) != freeze_epoch and (n == "auto" or n < epochs)}
     found["wf-lowest"] = ([*chosen, "--freeze-layers", *range(7), "--freeze-epoch", freeze_epoch],
@@ -115,6 +115,8 @@ def correctness(folders, data, split, which, languages, labels, batch_size):
     right = []
     for folder in folders:
         run, history = read_run(folder)
+        if not run["complete"]:
+            raise UserError(f"{folder} is not finished: give the same command again")
         epoch = max(history) // 2 if which == "half" else max(history)
         logits = run_logits(folder, run, dict.fromkeys(languages, epoch), data, split, None, batch_size)
         right.append(np.stack([logits[language].argmax(1) == row for language, row in zip(languages, truth)], axis=1))
@@ -148,7 +150,7 @@ def report(rows, data, model, seeds, split, count):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Flags not named here go to every train.py: --lr 5e-4, "
+                                     allow_abbrev=False, epilog="Flags not named here go to every train.py: --lr 5e-4, "
                                             "--max-train-rows 1000, ...")
     parser.add_argument("--model", required=True, help="encoder with 12 blocks: hub name or folder")
     parser.add_argument("--data", required=True, help="data set folder")
@@ -168,6 +170,8 @@ def parse_args(argv):
     parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: 10000)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
+    if any(flag.partition("=")[0] == "--seed" for flag in more):
+        parser.error("--seed: each system is trained with seeds 0, 1, ...; --seeds says how many")
     for name in ("seeds", "epochs", "hidden", "resamples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
@@ -183,6 +187,9 @@ def main(argv=None):
     if "en" not in languages or len(languages) < 2:
         raise UserError(f"{args.data}: {args.split} is needed in English and in another language, "
                         f"it is there in: {' '.join(languages)}")
+    check_rows({language: read_split(args.data, args.split, language, labels) for language in languages}, args.data,
+               args.split)
+    searched = phase_one(args.grid) if args.grid else []
     everything = systems(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.hidden, args.epochs)
     comparisons = CONCLUSIONS
     if args.controls:
@@ -194,9 +201,11 @@ def main(argv=None):
     for seed in range(args.seeds):
         for name, flags in everything.items():
             print(f"\n== {name}, seed {seed} ==")
-            train.main([str(flag) for flag in (
+            status = train.main([str(flag) for flag in (
                 "--model", args.model, "--data", args.data, "--out", folders[name][seed], "--seed", seed,
                 "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
+            if status:  # stopped by a signal
+                return status
     clusters = premise_clusters(read_split(args.data, args.split, "en", labels))
     right, rows = {}, []
     for number, claim, a, b, way in comparisons:
@@ -210,8 +219,8 @@ def main(argv=None):
         rows.append({"number": number, "claim": claim, "a": f"{a[0]}{'@half' * (a[1] == 'half')}", "b": b[0], **found,
                      "verdict": WORDS[said] if way == "control" else said})
     text = report(rows, args.data, args.model, args.seeds, args.split, len(languages) - 1)
-    if args.grid:
-        text += "\nPhase 1, micro-F1 on the non-English test sets:\n\n" + "\n".join(phase_one(args.grid)) + "\n"
+    if searched:
+        text += "\nPhase 1, micro-F1 on the non-English test sets:\n\n" + "\n".join(searched) + "\n"
     write_json(out / "claims.json", {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
                                      "conclusions": rows})
     with write_atomic(out / "claims.md") as file:

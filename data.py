@@ -169,6 +169,15 @@ def split_languages(folder, split):
     return sorted(found, key=lambda language: (language != "en", language))
 
 
+def check_rows(rows, folder, split):
+    """UserError unless the languages of {language: Rows} have the same classes row by row, as translations have."""
+    (first, expected), *others = rows.items()
+    for language, found in others:
+        if found.labels != expected.labels:
+            raise UserError(f"{split_path(folder, split, language)} is not row by row what {split}.{first}.tsv is: "
+                            "the rows' labels differ, so systems cannot be compared on the same rows")
+
+
 def take(rows, count):
     """`count` rows spread evenly over Rows, the same ones in every language; all when there are fewer, or for None."""
     total = len(rows.text_a)
@@ -259,7 +268,7 @@ def collate(encoded, rows, pad_id, limit=None, multiple=8):
     rows: (B,) indices. Returns NumPy arrays input_ids, attention_mask (1: a token) and token_type_ids, each (B, T)
     int64, and labels (B,) int64.
     """
-    lengths = encoded.lengths[rows]
+    lengths = encoded.starts[rows + 1] - encoded.starts[rows]
     width = max(lengths.max(), min(-(-lengths.max() // multiple) * multiple, limit or 1 << 30))
     columns = np.arange(width)
     mask = columns < lengths[:, None]                                               # (B, T)

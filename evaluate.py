@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import encode, read_labels, read_split, read_table, split_languages, take
+from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take
 from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
 from model import load_model, out_of_memory, pick_device, pick_precision, predict, token_limit
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
-from significance import bootstrap_difference, holm, mcnemar, premise_clusters
+from significance import bootstrap_difference, holm, mcnemar, premise_clusters, spread
 
 PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in the order of PAPER_LANGUAGES
     "BERT, Translate-Train, cased": [81.9, 76.6, 77.8, 75.9, 70.7, 61.6],
@@ -117,13 +117,13 @@ def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
 
 
 def average(dicts):
-    """Mean and standard deviation (n - 1) by language of runs' {language: accuracy}, each over those that have it."""
+    """Mean and standard deviation by language of runs' {language: accuracy}, each over those that have it."""
     values = {}
     for scores in dicts:
         for language, accuracy in scores.items():
             values.setdefault(language, []).append(accuracy)
     return ({language: float(np.mean(v)) for language, v in values.items()},
-            {language: float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for language, v in values.items()})
+            {language: float(spread(v)) for language, v in values.items()})
 
 
 def difference(right, baseline, clusters, resamples):
@@ -168,6 +168,8 @@ def compare(folders, data, split, protocol, baseline, max_rows, batch_size, resa
             raise UserError(f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
                             f"{data}/labels.txt says {' '.join(labels[:6])}")
     groups = group_runs(folders, runs)
+    if len(groups) > 1:
+        check_rows(rows, data, split)
     baseline = next(iter(groups)) if baseline is None else baseline
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
@@ -263,8 +265,9 @@ def label_input(folder, protocol, source, target, batch_size):
     epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
     model, tokenizer, dtype = load_epoch(folder, epoch, run)
     encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
-    logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
-                     str(source))
+    with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
+        logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
+                         str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
     texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
     columns = [*texts.values(), *([[labels[i] for i in rows.labels]] if rows.labels else []),
@@ -286,7 +289,7 @@ def parse_args(argv):
                              "the mean of the other languages' dev (joint), for each language on its own dev (oracle); "
                              "on the mean of the non-English test sets (test: the paper's own way; its accuracies are "
                              "too high by the choice; needs train.py --track-test); or a number")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows at once (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
     group.add_argument("--data", help="data set folder")
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
@@ -323,7 +326,7 @@ def main(argv=None):
         return 0
     results = compare(args.runs, args.data, args.split, args.epoch, args.baseline, args.max_rows, args.batch_size,
                       args.resamples)
-    if is_xnli(args.data):
+    if args.split == "test" and is_xnli(args.data):
         for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
             results[key] = {name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}
                             for name, values in table.items()}

@@ -207,6 +207,9 @@ def parse_args(argv):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
     if len(set(args.poolings)) < len(args.poolings):
         parser.error(f"--poolings {' '.join(args.poolings)}: a pooling is named twice")
+    if len(args.layers) > 14:
+        parser.error(f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
+                     "name 14 at most")
     if not 0 <= args.dropout < 1 or not args.lr > 0:
         parser.error(f"--dropout {args.dropout} --lr {args.lr}: expected 0 <= dropout < 1 and lr > 0")
     return args

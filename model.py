@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -222,8 +223,8 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_encoder(name, top=None):
-    """Load an encoder in float32, whatever its file holds, cut after layer `top` (None: whole).
+def load_encoder(name):
+    """Load an encoder in float32, whatever its file holds.
 
     Reads safetensors alone and runs no code of the model's. Returns the encoder and whether it has a pretrained
     pooler. UserError when it cannot be had, or lacks weights.
@@ -239,9 +240,6 @@ def load_encoder(name, top=None):
     pretrained_pooler = getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
     if not torch.cuda.is_available():
         encoder.set_attn_implementation("cpu")  # DeBERTa, whose attention is its own, stays as it is
-    if top is not None:
-        check_layers([top], len(blocks(encoder)), "layer")
-        cut_after(encoder, top)
     return encoder, pretrained_pooler
 
 
@@ -333,10 +331,12 @@ def versions():
 
 @contextlib.contextmanager
 def out_of_memory(advice):
-    """Turn a GPU's running out of memory into one sentence that ends with `advice`."""
+    """Turn running out of memory into one sentence that ends with `advice`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         what = first_line(error).partition(". ")[0]
         raise UserError(f"out of memory on {pick_device()} ({what}): {advice}") from None
 
@@ -347,7 +347,8 @@ def start_processes():
     if world > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(pick_device())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=timedelta(days=7))  # one may evaluate or search while the others wait
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -406,8 +407,8 @@ def predict(model, encoded, pad_id, dtype, max_length=128, batch_size=64, desc=N
     batches = sorted_batches(encoded.lengths, batch_size)[rank::world]
     with autocast(device, dtype):  # around the loop: the weights are cast once
         for rows in tqdm(batches, desc=desc, leave=False, disable=None if desc else True):
-            batch = to_device(collate(encoded, rows, pad_id, max_length), device)
-            logits[torch.from_numpy(rows).to(device)] = model(batch).float()
+            batch = to_device({**collate(encoded, rows, pad_id, max_length), "rows": rows}, device)
+            logits[batch["rows"]] = model(batch).float()
     if world > 1:
         dist.all_reduce(logits)
     return logits.cpu().numpy()

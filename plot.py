@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from files import UserError, cli, read_json, write_atomic
 from ranking import foreign, read_grid
 from runs import RUN, group_runs, paper_order, read_metrics
+from significance import spread
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
 MARKERS, LINES = "osD^vP*X", ["-", "--", "-.", ":"]
@@ -63,7 +64,7 @@ def plot_grid(folder, save):
     figure, (curve, top) = plt.subplots(2, 1, figsize=(COLUMN, 4.6), height_ratios=[2, 3])
     for pooling, marker in zip(poolings, MARKERS):
         mine = sorted((score[key] for key in score if key[0] == pooling), key=np.mean, reverse=True)
-        mean, std = np.mean(mine, 1), np.std(mine, 1)
+        mean, std = np.mean(mine, 1), spread(mine, 1)
         curve.plot(range(1, len(mean) + 1), mean, color=colors[pooling], label=pooling, marker=marker,
                    markevery=max(1, len(mean) // 8), ms=3)
         curve.fill_between(range(1, len(mean) + 1), mean - std, mean + std, color=colors[pooling], alpha=0.15, lw=0)
@@ -72,7 +73,7 @@ def plot_grid(folder, save):
     curve.legend(ncols=len(poolings))
     best = sorted(score, key=lambda key: -score[key].mean())[:15]
     for i, key in enumerate(best):
-        top.errorbar(score[key].mean(), i, xerr=score[key].std(), color=colors[key[0]],
+        top.errorbar(score[key].mean(), i, xerr=spread(score[key]), color=colors[key[0]],
                      marker=MARKERS[poolings.index(key[0])], ms=3, capsize=2)
         top.plot(score[key], np.full(len(score[key]), i), "|", color=colors[key[0]], ms=4, alpha=0.5)
     top.set(yticks=range(len(best)), xlabel="the same (%)", title="The best 15 (bars: seeds)",
@@ -97,7 +98,7 @@ def plot_grid(folder, save):
     for axis, pooling in zip(axes[0], poolings):
         for i, language in enumerate(languages):
             values = np.array([grid[pooling, (layer,)][f"{split}_{language}"] for layer in layers])
-            axis.errorbar(layers, values.mean(1), values.std(1), label=language, color=COLORS[i % 8],
+            axis.errorbar(layers, values.mean(1), spread(values), label=language, color=COLORS[i % 8],
                           marker=MARKERS[i % 8], ms=3, ls=LINES[i % 4], elinewidth=0.6)
         axis.set(title=pooling, xlabel="single layer", xticks=layers)
     axes[0][0].set_ylabel(f"micro-F1 on {split} (%)")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import UserError, markdown_table, write_atomic, write_json
+from significance import spread
 
 
 class Results(NamedTuple):
@@ -97,8 +98,8 @@ def summary(results, select, hidden, seconds):
     def number(value):
         return "" if np.isnan(value) else f"{value:.2f}"
 
-    top = [[place, poolings[p], "+".join(map(str, combinations[m])), number(mean[p, m]), number(score[p, m].std()),
-            number(test[p, m].mean()), number(test[p, m].std())] for place, (p, m) in enumerate(order[:10], 1)]
+    top = [[place, poolings[p], "+".join(map(str, combinations[m])), number(mean[p, m]), number(spread(score[p, m])),
+            number(test[p, m].mean()), number(spread(test[p, m]))] for place, (p, m) in enumerate(order[:10], 1)]
     single = {combinations[m][0]: m for m in range(len(combinations)) if len(combinations[m]) == 1}
     worth = []
     for layer, alone in sorted(single.items()):

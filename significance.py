@@ -16,7 +16,7 @@ def premise_clusters(rows):
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
-def bootstrap_difference(differences, clusters, resamples=10_000, seed=0, chunk=1000):
+def bootstrap_difference(differences, clusters, resamples=10_000, seed=0):
     """Cluster bootstrap of mean differences between two systems on the same rows.
 
     differences (N, L): for each row and language, correctness of A less that of B, each averaged over its seeds.
@@ -31,7 +31,7 @@ def bootstrap_difference(differences, clusters, resamples=10_000, seed=0, chunk=
     sums = np.zeros((count, differences.shape[1]))
     np.add.at(sums, clusters, differences)
     sizes = np.bincount(clusters, minlength=count).astype(float)
-    random, draws = np.random.default_rng(seed), []
+    random, draws, chunk = np.random.default_rng(seed), [], max(1, min(1000, 10_000_000 // count))  # to bound memory
     for start in range(0, resamples, chunk):
         n = min(chunk, resamples - start)
         picked = random.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
@@ -42,6 +42,12 @@ def bootstrap_difference(differences, clusters, resamples=10_000, seed=0, chunk=
     # a mean that is 0 but for rounding counts on both sides
     tails = [(1 + (sign * draws <= 1e-12).sum(0)) / (resamples + 1) for sign in (1, -1)]
     return differences.mean(0), low, high, np.minimum(1, 2 * np.minimum(*tails))
+
+
+def spread(values, axis=-1):
+    """Standard deviation over seeds (n - 1), 0 for a single one."""
+    count = np.shape(values)[axis]
+    return np.std(values, axis, ddof=1) if count > 1 else np.std(values, axis)
 
 
 def holm(p_values):

@@ -184,6 +184,8 @@ class State:
         except Exception as error:
             raise UserError(f"{path} is damaged or cut short ({type(error).__name__}): there is no going on from it; "
                             "--overwrite starts anew") from None
+        if dist.is_initialized() and dist.get_rank():
+            saved.pop("totals")  # the first process has them all
         self.__dict__.update(saved)
 
 
@@ -202,11 +204,11 @@ class StopRequest:
 
     def asked(self):
         """The signal that any process got so far, or 0: the same answer in all of them."""
-        if self.group:
-            highest = torch.tensor(self.number)
-            dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
-            self.number = int(highest)
-        return self.number
+        if not self.group:
+            return self.number
+        highest = torch.tensor(self.number)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
+        return int(highest)  # and not self.number, which a signal can change meanwhile in this process alone
 
     def restore(self):
         for number, handler in self.before.items():
@@ -266,12 +268,15 @@ def trainable(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def total_over_processes(totals):
-    """Sum a tensor over the processes of torchrun, into a new one."""
-    totals = totals.clone()
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    return totals.tolist()
+def gather_totals(totals):
+    """Sum a tensor over the processes of torchrun; the first has it all then, the others zeros. Returns the sum."""
+    if not dist.is_initialized():
+        return totals.tolist()
+    dist.all_reduce(totals)
+    found = totals.tolist()
+    if dist.get_rank():
+        totals.zero_()
+    return found
 
 
 def record(state, scores, epoch, rate, speed, out, writer):
@@ -312,6 +317,12 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     bar = progress_bar(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
     since, clock, stop = state.step, time.perf_counter(), StopRequest(world)
 
+    def end():
+        bar.close()
+        stop.restore()
+        if writer:
+            writer.close()
+
     def freeze_now(why):
         nonlocal wrapped
         state.freeze(freeze_layers)
@@ -329,7 +340,8 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             torch.manual_seed((seed * 1_000_003 + state.step) * 1024 + rank)  # dropout's numbers
             parts = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world))
             loss, right = train_step(wrapped, state.optimizer, rate, state.scaler, parts, len(rows), dtype, clip, world)
-            state.totals += torch.stack([loss.double(), right.double(), torch.tensor(len(rows[rank::world])).to(loss)])
+            for i, value in enumerate((loss, right, len(rows[rank::world]))):
+                state.totals[i] += value
             state.decay *= 1 - rate * state.weight_decay * (state.freeze_lr if 0 in state.frozen else 1)
             state.step += 1
 
@@ -341,14 +353,14 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             saves = saves or asked
             if not (evaluates or saves or state.step % log_steps == 0):
                 continue
-            loss_sum, right_sum, row_sum = total_over_processes(state.totals)
+            loss_sum, right_sum, row_sum = gather_totals(state.totals)
             problem = None if np.isfinite(loss_sum) else f"the loss is {loss_sum}"
             if saves and not problem and not all(weight.isfinite().all() for weight in model.parameters()):
                 problem = "a weight is not finite"
             if problem:
-                bar.close()
+                end()
                 raise UserError(f"{problem} at step {state.step}: lower --lr (now {lr}) or give --precision fp32; "
-                                f"the last good state is kept in {out}")
+                                f"a state from before is kept in {out}, if one was saved")
             speed = (state.step - since) * batch_size / (time.perf_counter() - clock)
             if rank == 0:
                 log_train(writer, bar, state.step, loss_sum / row_sum, right_sum / row_sum, rate, speed)
@@ -370,12 +382,10 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
                 state.save(out)
             agree(0)  # no process runs ahead of a save
             if asked and state.step < epochs * per_epoch:
-                bar.close()
-                stop.restore()
+                end()
                 return asked
             since, clock = state.step, time.perf_counter()
-    bar.close()
-    stop.restore()
+    end()
     return 0
 
 
@@ -457,7 +467,8 @@ def parse_args(argv):
                        help="keep the models after these epochs too")
     group.add_argument("--log-steps", type=int, default=50, metavar="N",
                        help="log train loss every N steps (default: 50)")
-    group.add_argument("--eval-batch-size", type=int, default=64, help="rows at once in evaluation (default: 64)")
+    group.add_argument("--eval-batch-size", type=int, default=64, help="rows of 24 tokens at once in evaluation; of longer ones fewer, of shorter ones more "
+                            "(default: 64)")
     args = parser.parse_args(argv)
     check_args(args, parser)
     args.layers, args.pooling = args.layers or [6, 8, 11], args.pooling or "max"
@@ -485,6 +496,9 @@ def check_args(args, parser):
                          ("max_eval_rows", 1), ("random_layers", 1), ("random_freeze", 1)):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
+    if args.seed >= 2 ** 32 or any(not 1 <= epoch <= args.epochs for epoch in args.keep_epochs):
+        parser.error(f"--seed {args.seed}, --keep-epochs {' '.join(map(str, args.keep_epochs))}: "
+                     f"expected a seed below 2^32, and epochs from 1 to {args.epochs}")
     if isinstance(args.freeze_epoch, int) and args.freeze_epoch >= args.epochs:
         parser.error(f"--freeze-epoch {args.freeze_epoch}: of {args.epochs} epochs, so nothing would ever be frozen; "
                      f"expected 0 to {args.epochs - 1}, or auto")
@@ -531,7 +545,8 @@ def main(argv=None):
                    **model_identity(model.encoder, tokenizer, args.model), "labels": labels,
                    "data": fingerprint(args.data, files), "precision": str(dtype).removeprefix("torch."),
                    "processes": world}
-    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    start = ["torchrun", "--nproc-per-node", str(world)] if world > 1 else ["python"]
+    command = shlex.join([*start, "train.py", *(sys.argv[1:] if argv is None else argv)])
     with claim(out) if rank == 0 else nullcontext():
         if agree(rank == 0 and start_folder(out, "run.json", description, {"versions": versions(), "command": command},
                                             args.overwrite)):
@@ -564,7 +579,8 @@ def main(argv=None):
         names = ("epochs lr batch_size accumulate schedule clip freeze_epoch max_length eval_batch_size "
                  "eval_steps save_steps log_steps seed").split()
         with out_of_memory(f"the step has --batch-size {args.batch_size} in --accumulate {args.accumulate} parts; with "
-                           f"--accumulate {2 * args.accumulate} the gradient is the same in half the memory. For "
+                           f"--accumulate {2 * args.accumulate} (and --overwrite) the gradient is the same in half "
+                           "the memory. For "
                            f"evaluation there is --eval-batch-size (now {args.eval_batch_size})"):
             number = fit(state, tokens.pop(("train", args.train_language)), tokens, out, keep,
                          freeze_layers=freeze_layers, pad_id=tokenizer.pad_token_id, dtype=dtype,

@@ -65,10 +65,20 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(data_folder
 
 @pytest.mark.parametrize("flags, message", [
     ("--resamples 0", "--resamples 0: expected 1 or more"), ("--hidden 0", "--hidden 0: expected 1 or more"),
+    ("--seed 3", "--seeds says how many"), ("--seed=3", "--seed: each system"),
     ("--freeze-epoch 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs), or auto"), ("--freeze-epoch x", "or auto")])
 def test_bad_flags_are_said_before_anything_is_trained(flags, message, script, tmp_path):
     status, _, error = script("claims", "--model", "m", "--data", "d", "--out", tmp_path / "out", *flags.split())
     assert status == 2 and message in error and not (tmp_path / "out").exists()
+
+
+def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(model_folder, data_folder, tmp_path, script, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "main", lambda arguments: calls.append(arguments) or 130)
+    assert script("claims", "--model", model_folder, "--data", data_folder, "--out", tmp_path)[0] == 130 and len(calls) == 1
+    monkeypatch.setattr(claims, "read_run", lambda folder: ({"complete": False}, {1: {}}))
+    with pytest.raises(claims.UserError, match="is not finished"):
+        claims.correctness(["x"], data_folder, "test", "last", ["en"], ["refund", "agent", "delivery", "cancel"], 8)
 
 
 def test_the_controls_cover_freezing_at_other_epochs_and_other_layers():

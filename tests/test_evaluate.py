@@ -494,6 +494,15 @@ def test_rows_of_one_premise_are_one_cluster(tmp_path, monkeypatch):
     assert seen == [[0, 0, 1, 1, 2]]
 
 
+def test_languages_that_are_no_translations_of_each_other_are_refused(runs, data_folder, tmp_path, script):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    lines = (data / "test.zh.tsv").read_text().splitlines()
+    (data / "test.zh.tsv").write_text("\n".join([lines[0], *lines[:1:-1], lines[1]]) + "\n")
+    code, _, error = script("evaluate", runs / "baseline", runs / "wf-seed0", "--data", data, "--out", tmp_path / "out")
+    assert code == 2 and "test.zh.tsv is not row by row what test.en.tsv is" in error
+    assert script("evaluate", runs / "baseline", "--data", data, "--out", tmp_path / "out")[0] == 0  # one needs no pairs
+
+
 def test_every_protocol_stands_beside_the_one_that_is_shown(runs, data_folder, tmp_path):
     results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", "joint")
     run, = results["systems"][0]["runs"]

@@ -352,7 +352,7 @@ def test_the_summary_ranks_as_the_results_do(grid):
         mine = [row for row in rows if (row["pooling"], row["layers"]) == (pooling, layers)]
         for shown, shown_spread, columns in ((score, spread, columns_of("joint")), (paper, paper_spread, columns_of("test"))):
             means = [100 * np.mean([float(row[column]) for column in columns]) for row in mine]
-            assert abs(float(shown) - np.mean(means)) < 0.006 and abs(float(shown_spread) - np.std(means)) < 0.006
+            assert abs(float(shown) - np.mean(means)) < 0.006 and abs(float(shown_spread) - np.std(means, ddof=1)) < 0.006
     scores = {(row["layers"], row["pooling"], row["seed"]): np.mean([float(row[column]) for column in columns_of("joint")]) for row in rows}
     for layer, with_it, without, difference in re.findall(r"^\| ([124]) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \| .*$", text, re.M):
         has = 100 * np.mean([score for key, score in scores.items() if layer in key[0].split("+")])

@@ -172,10 +172,11 @@ def test_check_layers_says_how_many_the_model_has():
     fails("--layers 3 1 3: a layer is named twice", check_layers, [3, 1, 3], 5, "--layers")
 
 
-def test_an_encoder_is_loaded_cut_and_a_cut_above_its_top_says_how_many_layers_it_has(folders):
-    assert len(blocks(load_encoder(folders["bert"], 3)[0])) == 3
-    fails("layer 6: the model has layers 0 (embeddings) to 5", load_encoder, folders["bert"], 6)
-    fails("layer 0: DebertaV2Model gives no states without a block", load_encoder, folders["deberta"], 0)
+def test_an_encoder_is_cut_but_not_below_what_it_needs(folders):
+    encoder = load_encoder(folders["bert"])[0]
+    cut_after(encoder, 3)
+    assert len(blocks(encoder)) == 3
+    fails("layer 0: DebertaV2Model gives no states without a block", cut_after, load_encoder(folders["deberta"])[0], 0)
 
 
 # --- the heads ---------------------------------------------------------------------------------------------------
@@ -259,7 +260,8 @@ def test_exactly_the_listed_layers_freeze(folders, rows, family, layers):
 
 
 def test_freezing_above_the_cut_is_a_no_op(folders):
-    encoder = load_encoder(folders["bert"], 3)[0]
+    encoder = load_encoder(folders["bert"])[0]
+    cut_after(encoder, 3)
     assert freeze_layers(encoder, [4, 5]) == [] and all(parameter.requires_grad for parameter in encoder.parameters())
 
 
@@ -288,7 +290,9 @@ SAVED = [dict(head="layers", layers=[1, 3], pooling="mean"), dict(head="layers",
 @pytest.mark.parametrize("settings", SAVED, ids=["layers", "hidden", "pooler"])
 @torch.no_grad()
 def test_a_saved_model_comes_back_bit_for_bit(folders, rows, tmp_path, family, settings):
-    encoder = load_encoder(folders[family], None if settings["head"] == "pooler" else 3)[0]
+    encoder = load_encoder(folders[family])[0]
+    if settings["head"] == "layers":
+        cut_after(encoder, 3)
     model = Classifier(encoder, LABELS, dropout=0.3, **settings).eval()
     if model.head == "layers":
         drop_pooler(encoder)

@@ -11,13 +11,24 @@ from conftest import ROOT, make_data, make_model
 from safetensors.torch import load_file
 
 DRIVER = """
-import shlex, sys
+import os, shlex, signal, sys
 sys.path.insert(0, {root!r})
 import files, extract, grid_search, train
 def main():
     for line in open(sys.argv[1]):
         name, *arguments = shlex.split(line)
         print("$", line.strip(), flush=True)
+        if name == "stop":  # train.py until the last process gets a SIGTERM during a step
+            step, left, name = train.train_step, [int(arguments.pop(0))], "train"
+            def stopped(*a):
+                left[0] -= 1
+                if left[0] == 0 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(*a)
+            train.train_step = stopped
+            assert train.main(arguments) == 143
+            train.train_step = step
+            continue
         {{"extract": extract, "grid_search": grid_search, "train": train}}[name].main(arguments)
 files.cli(main)
 """
@@ -29,6 +40,9 @@ def commands(model, data, out):
 grid_search --features {out}/features --out {out}/grid --layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32
 train {tuned} --out {out}/wf --layers 2 4 --freeze-layers 0 3 --freeze-epoch 2 --epochs 10 --eval-steps 1
 train {tuned} --out {out}/pooler --head pooler --epochs 2 --accumulate 3
+stop 9 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
+stop 1 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
+train {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
 """
 
 
@@ -88,8 +102,20 @@ def test_training_gives_the_same_losses_and_weights(both, name):
         np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_by_a_signal_to_one_process_and_started_again_is_as_never_stopped(both, processes):
+    whole, stopped = ([{k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
+                       for line in open(both[processes - 1] / name / "metrics.jsonl")] for name in ("pooler", "stopped"))
+    assert whole == stopped
+    one, two = (load_file(both[processes - 1] / name / "epochs/2/model.safetensors") for name in ("pooler", "stopped"))
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+
+
 def test_only_one_process_speaks(both):
-    assert both[2].count("parameters to train; float32 products, 2 processes") == 2 and both[2].count(": done") == 3
+    text = both[2]
+    assert text.count("parameters to train; float32 products, 2 processes") == 5 and text.count(": done") == 4
+    assert "stopped by SIGTERM after step 9" in text and "going on after step 10" in text
+    assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 2
 
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both):

@@ -58,7 +58,7 @@ def test_more_seeds_of_the_bootstrap_agree():
     differences = np.random.default_rng(0).integers(-1, 2, size=(301, 1)).astype(float) + 0.08
     first, second = (bootstrap_difference(differences, np.arange(301), seed=seed) for seed in (0, 1))
     np.testing.assert_allclose(np.ravel(first), np.ravel(second), atol=0.02)
-    again = bootstrap_difference(differences, np.arange(301), seed=0, chunk=1000)
+    again = bootstrap_difference(differences, np.arange(301), seed=0)
     assert np.array_equal(np.ravel(first), np.ravel(again))
 
 
