@@ -5,12 +5,14 @@
 
 Reads   a model folder (BERT; its weights may be random, speed does not know) and the English files of a data set.
 Writes  OUT/bench.json and OUT/bench.md: for each piece of work this project's rate, the other's, and the ratio.
-        Medians over passes of the same rows, the first pass not counted; peak memory of the process in the passes.
+        Medians over passes of the same rows, the first pass not counted; the slowest ways have one pass (padded to 128,
+        sentence-transformers, the search). Peak memory of the process in the passes; the models of one way at a time.
 The limit is the rate of this machine's matrix products (2048 x 2048, measured in the same run) over the operations that
 the unpadded tokens need. transformers' Trainer, sentence-transformers and scikit-learn are needed here alone
 (requirements-bench.txt).
 """
 import argparse
+import gc
 import shutil
 import tempfile
 import time
@@ -30,8 +32,8 @@ from data import collate, encode, encode_split, read_labels, read_split, sorted_
 from extract import pool_all
 from files import UserError, cli, markdown_table, write_atomic, write_json
 from grid_search import confusion_matrices, train_models
-from model import (autocast, blocks, drop_pooler, freeze_layers, keep_tokens, load_encoder, load_tokenizer,
-                   model_identity, pick_device, pick_precision, predict, to_device, versions)
+from model import (autocast, drop_pooler, keep_tokens, load_encoder, load_tokenizer, model_identity, pick_device,
+                   pick_precision, predict, to_device, versions)
 from ranking import micro_f1
 
 DEVICE = pick_device()
@@ -111,36 +113,46 @@ class Table:
 
 # --- extraction --------------------------------------------------------------------------------------------------
 
-def bench_extraction(table, model, rows, dtype, limit, repeats):
-    tokenizer, (encoder, _) = load_tokenizer(model), load_encoder(model)
+def our_extraction(model, tokenizer, encoded, dtype, repeats):
+    encoder, _ = load_encoder(model)
     drop_pooler(encoder)
     encoder.to(DEVICE).eval()
-    encoded, count = encode(tokenizer, rows), len(rows.labels)
-    few = take(rows, max(8, count // 8))
 
-    def ours():
+    def work():
         with torch.inference_mode(), autocast(DEVICE, dtype):
             for index in sorted_batches(encoded.lengths, 64):
                 batch = to_device(collate(encoded, index, tokenizer.pad_token_id, 128), DEVICE)
                 pool_all(encoder, batch).cpu().numpy().astype(np.float16)
 
-    seconds, memory = measure(ours, repeats)
-    rate = count / seconds
-    usual = AutoModel.from_pretrained(model, dtype=torch.float32).to(DEVICE).eval()
+    return measure(work, repeats)
 
-    def padded():  # what most notebooks do
+
+def usual_extraction(model, tokenizer, rows):
+    """What most notebooks do."""
+    encoder = AutoModel.from_pretrained(model, dtype=torch.float32).to(DEVICE).eval()
+
+    def work():
         with torch.no_grad():
-            for start in range(0, len(few.labels), 32):
+            for start in range(0, len(rows.labels), 32):
                 part = slice(start, start + 32)
-                batch = tokenizer(few.text_a[part], few.text_b[part] if few.text_b else None, padding="max_length",
+                batch = tokenizer(rows.text_a[part], rows.text_b[part] if rows.text_b else None, padding="max_length",
                                   max_length=128, truncation=True, return_tensors="pt").to(DEVICE)
                 mask = batch["attention_mask"][:, :, None].float()
-                for states in usual(**batch, output_hidden_states=True).hidden_states:
+                for states in encoder(**batch, output_hidden_states=True).hidden_states:
                     states.masked_fill(mask == 0, -1e9).amax(1).cpu().numpy()
                     ((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
                     states[:, 0].cpu().numpy()
 
-    seconds, theirs = measure(padded, 1)
+    return measure(work, 1)
+
+
+def bench_extraction(table, model, rows, dtype, limit, repeats):
+    tokenizer, count = load_tokenizer(model), len(rows.labels)
+    encoded = encode(tokenizer, rows)
+    seconds, memory = our_extraction(model, tokenizer, encoded, dtype, repeats)
+    rate = count / seconds
+    few = take(rows, max(8, count // 8))
+    seconds, theirs = usual_extraction(model, tokenizer, few)
     table.add("extraction, 13 layers x 3 poolings", "transformers, padded to 128, float32", rate,
               len(few.labels) / seconds, "rows/s", "9", memory, theirs)
     part = Transformer(model, max_seq_length=128)
@@ -149,7 +161,8 @@ def bench_extraction(table, model, rows, dtype, limit, repeats):
     seconds, theirs = measure(lambda: sentences.encode(texts, batch_size=32), 1)
     table.add("", "sentence-transformers encode (1 vector), float32", rate, count / seconds, "rows/s", "3.5", memory,
               theirs)
-    table.add("", "the limit", rate, count * limit / operations(encoder.config, encoded.lengths), "rows/s", "0.65")
+    need = operations(BertConfig.from_pretrained(model), encoded.lengths)
+    table.add("", "the limit", rate, count * limit / need, "rows/s", "0.65")
 
 
 # --- the search --------------------------------------------------------------------------------------------------
@@ -248,22 +261,33 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
     return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
-def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, evaluation):
-    tokenizer = load_tokenizer(model)
+def our_training(model, tokenizer, encoded, evaluation, batch_size, dtype, repeats):
+    """Measure train.py's steps, its prediction, and its steps after freezing: three times (seconds, MiB)."""
     labels = [str(i) for i in range(3)]
     classifier, *_ = train.build(model, labels, "pooler", [], None, "cls", 0.1, None, 0, 0)  # what Trainer trains
-    encoded, count = encode(tokenizer, rows), len(rows.labels)
-    new_ids = keep_tokens(classifier.encoder, np.unique(encoded.ids), tokenizer.pad_token_id)
-    encoded = encoded._replace(ids=new_ids[encoded.ids])
+    new_ids = keep_tokens(classifier.encoder, np.unique(np.concatenate([encoded.ids, evaluation.ids])),
+                          tokenizer.pad_token_id)
+    encoded, evaluation = (part._replace(ids=new_ids[part.ids]) for part in (encoded, evaluation))
     state = train.State(classifier.to(DEVICE), 0.0, dtype)
-    classifier.train()
 
-    def ours():
+    def work():
+        classifier.train()
         for index in train_batches(encoded.lengths, batch_size, 0, 0):
             parts = list(train.micro_batches(encoded, index, tokenizer.pad_token_id, 128, DEVICE, 1, 0, 1))
             train.train_step(classifier, state.optimizer, 1e-5, state.scaler, parts, len(index), dtype, 1.0, 1)
 
-    seconds, memory = measure(ours, repeats)
+    steps = measure(work, repeats)
+    predictions = measure(lambda: predict(classifier, evaluation, tokenizer.pad_token_id, dtype), repeats)
+    state.freeze([*range(7)])
+    return steps, predictions, measure(work, repeats)
+
+
+def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, full):
+    """Fine-tuning beside Trainer; with `full` evaluation and freezing too."""
+    tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
+    encoded = encode(tokenizer, rows)
+    (seconds, memory), (predicting, its_memory), (frozen, _) = our_training(model, tokenizer, encoded, encoded,
+                                                                            batch_size, dtype, repeats)
     rate = count / seconds
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
@@ -274,31 +298,19 @@ def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, 
             table.add(f"fine-tuning, {name}" * (not tuned), "Trainer tuned: dynamic padding, by length, same precision"
                       if tuned else "Trainer, padded to 128, float32", rate,
                       len(part.labels) / np.median(clock.seconds[1:]), "examples/s", goal, memory, peak())
-        need = 3 * operations(classifier.encoder.config, encoded.lengths)
-        table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
-        if evaluation:
-            bench_evaluation(table, classifier, tokenizer, encode(tokenizer, evaluation), evaluation, new_ids, theirs,
-                             dtype, repeats)
-    del theirs
-    if len(blocks(classifier.encoder)) > 6:
-        classifier.train()
-        freeze_layers(classifier.encoder, range(7))
-        for group in state.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-        table.add("embeddings and lowest 6 frozen", "before freezing", count / measure(ours, repeats)[0], rate,
-                  "examples/s", "1.6")
-
-
-def bench_evaluation(table, classifier, tokenizer, encoded, rows, new_ids, theirs, dtype, repeats):
-    known = np.maximum(new_ids[encoded.ids], 0)  # ids of the trimmed table: speed does not know the words
-    encoded = encoded._replace(ids=known)
-    seconds, memory = measure(lambda: predict(classifier, encoded, tokenizer.pad_token_id, dtype), repeats)
-    order = np.argsort(-encoded.lengths, kind="stable")  # Trainer's own order would pad more
-    texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128)
-    data = [{key: values[i] for key, values in texts.items()} for i in order]
-    their_seconds, their_memory = measure(lambda: theirs.predict(data), repeats)
-    table.add("evaluation", "Trainer.predict tuned: sorted, same precision", len(order) / seconds,
-              len(order) / their_seconds, "rows/s", "1.25", memory, their_memory)
+            if tuned and full:
+                order = np.argsort(-encoded.lengths, kind="stable")  # Trainer's own order would pad more
+                texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128)
+                data = [{key: values[i] for key, values in texts.items()} for i in order]
+                its = measure(lambda: theirs.predict(data), repeats)
+            theirs = None  # its memory must not count in the next one's
+            gc.collect()
+    need = 3 * operations(config, encoded.lengths)
+    table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
+    if full:
+        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / predicting, count / its[0],
+                  "rows/s", "1.25", its_memory, its[1])
+        table.add("embeddings and lowest 6 frozen", "before freezing", count / frozen, rate, "examples/s", "1.6")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
@@ -374,12 +386,12 @@ def main(argv=None):
     try:
         if "small" in args.only:
             bench_training(table, "6 x 384", small_bert(folder, args.model), rows, args.batch_size, dtype, limit,
-                           args.repeats, None)
+                           args.repeats, False)
     finally:
         shutil.rmtree(folder)
     if "full" in args.only:
         bench_training(table, f"{config.num_hidden_layers} x {config.hidden_size}", args.model, rows, args.batch_size,
-                       dtype, limit, args.repeats, take(everything, args.rows))
+                       dtype, limit, args.repeats, True)
     if "tokens" in args.only:
         bench_tokens(table, args.model, everything, labels, args.token_rows)
     text = (f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "

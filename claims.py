@@ -29,7 +29,8 @@ def controls(layers, pooling, freeze, freeze_epoch, epochs):
     """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
     chosen = ["--layers", *layers, "--pooling", pooling]
     found = {f"wf-epoch-{n}": ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n],
-                               {1: "frozen after 1 epoch", 3: "frozen after 3 epochs", "auto": "frozen at the first fall on joint dev"}[n],
+                               {1: "frozen after 1 epoch", 3: "frozen after 3 epochs",
+                                "auto": "frozen at the first fall on joint dev"}[n],
                                "mc-bert-wf")
              for n in (1, 3, "auto") if str(n) != freeze_epoch and (n == "auto" or n < epochs)}
     found["wf-lowest"] = ([*chosen, "--freeze-layers", *range(7), "--freeze-epoch", freeze_epoch],

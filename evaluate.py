@@ -289,7 +289,8 @@ def parse_args(argv):
                              "the mean of the other languages' dev (joint), for each language on its own dev (oracle); "
                              "on the mean of the non-English test sets (test: the paper's own way; its accuracies are "
                              "too high by the choice; needs train.py --track-test); or a number")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=64,
+                        help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
     group.add_argument("--data", help="data set folder")
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")

@@ -148,10 +148,8 @@ def start_folder(folder, name, description, extra=None, overwrite=False):
         if different:
             raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. "
                             "Give another --out, or --overwrite to delete it and start anew")
-        if old["complete"]:
-            return True
         clear(folder.rglob(".*.tmp"))  # half-written by a process that was killed
-        return False
+        return old["complete"]
     else:
         clear(folder.glob(f".{name}.*.tmp"))
         if there := sorted(path.name for path in folder.iterdir() if path.name != ".lock"):
@@ -170,7 +168,8 @@ def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
     """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-        array = array if mode == "r" else np.lib.format.open_memmap(path, mode)  # which alone would fill up a short file
+        if mode != "r":  # which alone would fill up a short file
+            array = np.lib.format.open_memmap(path, mode)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except Exception as error:  # NumPy raises a dozen different ones

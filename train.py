@@ -467,7 +467,8 @@ def parse_args(argv):
                        help="keep the models after these epochs too")
     group.add_argument("--log-steps", type=int, default=50, metavar="N",
                        help="log train loss every N steps (default: 50)")
-    group.add_argument("--eval-batch-size", type=int, default=64, help="rows of 24 tokens at once in evaluation; of longer ones fewer, of shorter ones more "
+    group.add_argument("--eval-batch-size", type=int, default=64,
+                       help="rows of 24 tokens at once in evaluation; of longer ones fewer, of shorter ones more "
                             "(default: 64)")
     args = parser.parse_args(argv)
     check_args(args, parser)

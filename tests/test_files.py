@@ -184,6 +184,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_a_killed_process_left_half_written_is_swept(tmp_path, complete):
+    files.start_folder(tmp_path, "run.json", JOB)
+    if complete:
+        files.finish_folder(tmp_path, "run.json")
+    (tmp_path / "parts").mkdir()
+    for name in (".results.csv.abc.tmp", "parts/.max.0.npz.abc.tmp", "kept.tmp"):
+        (tmp_path / name).write_text("half")
+    assert files.start_folder(tmp_path, "run.json", JOB) is complete
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["kept.tmp", "run.json"]
+
+
 def test_a_killed_start_is_gone_on_from(tmp_path):
     (tmp_path / ".run.json.k3x.tmp").write_text("{")  # what write_atomic leaves when it is killed outright
     assert files.start_folder(tmp_path, "run.json", JOB) is False
