@@ -7,9 +7,9 @@ Reads   a model folder (BERT; its weights may be random, speed does not know) an
 Writes  OUT/bench.json and OUT/bench.md: for each piece of work this project's rate, the other's, and the ratio.
         Medians over passes of the same rows, the first pass not counted; the slowest ways have one pass (padded to 128,
         sentence-transformers, the search). Peak memory of the process in the passes; the models of one way at a time.
-The limit is the rate of this machine's matrix products (2048 x 2048, measured in the same run) over the operations that
-the unpadded tokens need. transformers' Trainer, sentence-transformers and scikit-learn are needed here alone
-(requirements-bench.txt).
+The limit is the rate of this machine's matrix products (2048 x 2048, measured right before and after the work, the
+mean of both) over the operations that the unpadded tokens need. transformers' Trainer, sentence-transformers and
+scikit-learn are needed here alone (requirements-bench.txt).
 """
 import argparse
 import gc
@@ -28,7 +28,8 @@ from transformers import (AutoModel, AutoModelForSequenceClassification, BertCon
                           Trainer, TrainerCallback, TrainingArguments)
 
 import train
-from data import collate, encode, encode_split, read_labels, read_split, sorted_batches, take, train_batches
+from data import (collate, encode, encode_split, read_labels, read_split, sorted_batches, take, train_batches,
+                  write_table)
 from extract import pool_all
 from files import UserError, cli, markdown_table, write_atomic, write_json
 from grid_search import confusion_matrices, train_models
@@ -80,6 +81,13 @@ def product_rate(dtype, size=2048, products=8):
     """Operations a second of this machine's matrix products, the best of five."""
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     return max(products * 2 * size ** 3 / measure(lambda: [a @ b for _ in range(products)], 1)[0] for _ in range(5))
+
+
+def with_limit(dtype, work):
+    """What `work()` returns, and the product rate around it."""
+    before = product_rate(dtype)
+    found = work()
+    return found, (before + product_rate(dtype)) / 2
 
 
 def operations(config, lengths):
@@ -146,10 +154,10 @@ def usual_extraction(model, tokenizer, rows):
     return measure(work, 1)
 
 
-def bench_extraction(table, model, rows, dtype, limit, repeats):
+def bench_extraction(table, model, rows, dtype, repeats):
     tokenizer, count = load_tokenizer(model), len(rows.labels)
     encoded = encode(tokenizer, rows)
-    seconds, memory = our_extraction(model, tokenizer, encoded, dtype, repeats)
+    (seconds, memory), limit = with_limit(dtype, lambda: our_extraction(model, tokenizer, encoded, dtype, repeats))
     rate = count / seconds
     few = take(rows, max(8, count // 8))
     seconds, theirs = usual_extraction(model, tokenizer, few)
@@ -261,13 +269,12 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
     return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
-def our_training(model, tokenizer, encoded, evaluation, batch_size, dtype, repeats):
-    """Measure train.py's steps, its prediction, and its steps after freezing: three times (seconds, MiB)."""
+def our_training(model, tokenizer, encoded, batch_size, dtype, repeats):
+    """Measure train.py's steps, its prediction and its steps after freezing: (seconds, MiB) each, and the limit."""
     labels = [str(i) for i in range(3)]
     classifier, *_ = train.build(model, labels, "pooler", [], None, "cls", 0.1, None, 0, 0)  # what Trainer trains
-    new_ids = keep_tokens(classifier.encoder, np.unique(np.concatenate([encoded.ids, evaluation.ids])),
-                          tokenizer.pad_token_id)
-    encoded, evaluation = (part._replace(ids=new_ids[part.ids]) for part in (encoded, evaluation))
+    new_ids = keep_tokens(classifier.encoder, np.unique(encoded.ids), tokenizer.pad_token_id)
+    encoded = encoded._replace(ids=new_ids[encoded.ids])
     state = train.State(classifier.to(DEVICE), 0.0, dtype)
 
     def work():
@@ -276,18 +283,18 @@ def our_training(model, tokenizer, encoded, evaluation, batch_size, dtype, repea
             parts = list(train.micro_batches(encoded, index, tokenizer.pad_token_id, 128, DEVICE, 1, 0, 1))
             train.train_step(classifier, state.optimizer, 1e-5, state.scaler, parts, len(index), dtype, 1.0, 1)
 
-    steps = measure(work, repeats)
-    predictions = measure(lambda: predict(classifier, evaluation, tokenizer.pad_token_id, dtype), repeats)
+    steps, limit = with_limit(dtype, lambda: measure(work, repeats))
+    predictions = measure(lambda: predict(classifier, encoded, tokenizer.pad_token_id, dtype), repeats)
     state.freeze([*range(7)])
-    return steps, predictions, measure(work, repeats)
+    return steps, limit, predictions, measure(work, repeats)
 
 
-def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, full):
+def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
     """Fine-tuning beside Trainer; with `full` evaluation and freezing too."""
     tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
     encoded = encode(tokenizer, rows)
-    (seconds, memory), (predicting, its_memory), (frozen, _) = our_training(model, tokenizer, encoded, encoded,
-                                                                            batch_size, dtype, repeats)
+    (seconds, memory), limit, (predicting, its_memory), (frozen, _) = our_training(
+        model, tokenizer, encoded, batch_size, dtype, repeats)
     rate = count / seconds
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
@@ -318,11 +325,8 @@ def bench_training(table, name, model, rows, batch_size, dtype, limit, repeats, 
 def bench_tokens(table, model, rows, labels, count):
     tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
-        with write_atomic(Path(folder) / "train.en.tsv") as file:
-            columns = [rows.text_a, *([rows.text_b] if rows.text_b else []), [labels[i] for i in rows.labels]]
-            lines = ["\t".join(cells) + "\n" for cells in zip(*columns)]
-            file.write("text_a\ttext_b\tlabel\n" if rows.text_b else "text\tlabel\n")
-            file.writelines(lines[i % len(lines)] for i in range(count))
+        write_table(Path(folder) / "train.en.tsv", {name: [texts[i % len(texts)] for i in range(count)]
+                                                    for name, texts in rows.columns(labels).items()})
         seconds = []
         for _ in range(2):
             start, used = time.perf_counter(), time.process_time()
@@ -350,7 +354,8 @@ def parse_args(argv):
     parser.add_argument("--out", required=True, help="folder for bench.json and bench.md")
     parser.add_argument("--only", nargs="+", choices=["extraction", "search", "small", "full", "tokens"],
                         default=["extraction", "search", "small", "full", "tokens"], help="parts (default: all)")
-    parser.add_argument("--rows", type=int, default=640, help="rows of a pass (default: 640)")
+    parser.add_argument("--rows", type=int, default=640,
+                        help="rows of a pass, the small model's has four times as many (default: 640)")
     parser.add_argument("--search-rows", type=int, default=4000, help="train rows of the search (default: 4000)")
     parser.add_argument("--token-rows", type=int, default=392_702, help="rows to tokenise (default: 392702)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a training step (default: 32)")
@@ -378,24 +383,24 @@ def main(argv=None):
     config, identity = encoder.config, model_identity(encoder, load_tokenizer(args.model), args.model)
     del encoder
     if "extraction" in args.only:
-        bench_extraction(table, args.model, rows, dtype, limit, args.repeats)
+        bench_extraction(table, args.model, rows, dtype, args.repeats)
     if "search" in args.only:
         bench_search(table, args.search_rows, 8, config.hidden_size, 4, dtype if dtype != torch.float16 else
                      torch.float32)
     folder = tempfile.mkdtemp()
     try:
         if "small" in args.only:
-            bench_training(table, "6 x 384", small_bert(folder, args.model), rows, args.batch_size, dtype, limit,
-                           args.repeats, False)
+            bench_training(table, "6 x 384", small_bert(folder, args.model), take(everything, 4 * args.rows),
+                           args.batch_size, dtype, args.repeats, False)
     finally:
         shutil.rmtree(folder)
     if "full" in args.only:
         bench_training(table, f"{config.num_hidden_layers} x {config.hidden_size}", args.model, rows, args.batch_size,
-                       dtype, limit, args.repeats, True)
+                       dtype, args.repeats, True)
     if "tokens" in args.only:
         bench_tokens(table, args.model, everything, labels, args.token_rows)
     text = (f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "
-            f"passes of {len(rows.labels)} rows\n\n{table.markdown()}\n")
+            f"passes of {len(rows.labels)} rows (6 x 384: four times as many)\n\n{table.markdown()}\n")
     write_json(Path(args.out) / "bench.json", {"where": where, "dtype": str(dtype), "product_rate": limit,
                                                "rows": table.rows, "model": identity, "versions": versions()})
     with write_atomic(Path(args.out) / "bench.md") as file:

@@ -51,6 +51,11 @@ class Rows(NamedTuple):
     text_b: list | None
     labels: list | None
 
+    def columns(self, labels):
+        """The columns of its file, {name: N texts}; `labels` names the classes."""
+        texts = {"text": self.text_a} if self.text_b is None else {"text_a": self.text_a, "text_b": self.text_b}
+        return texts if self.labels is None else texts | {"label": [labels[i] for i in self.labels]}
+
 
 class Encoded(NamedTuple):
     """N tokenised rows end to end: row i is ids[starts[i]:starts[i + 1]], its second text begins at second[i]."""
@@ -143,6 +148,12 @@ def read_table(path, labels=None):
     if not columns[0]:
         raise UserError(f"{path} holds a header and no rows")
     return Rows(columns[0], columns[1] if len(texts) == 2 else None, indices if "label" in header else None)
+
+
+def write_table(path, columns):
+    """Write {header: N texts} as a .tsv file."""
+    with write_atomic(path) as file:
+        file.writelines("\t".join(cells) + "\n" for cells in zip(*([name, *texts] for name, texts in columns.items())))
 
 
 def split_path(folder, split, language):
@@ -483,14 +494,11 @@ def write_data_set(out, labels, data, sources, known):
     with write_atomic(out / "labels.txt") as file:
         file.write("".join(f"{label}\n" for label in labels))
     for key, name in names.items():
-        rows = data[key]
-        texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
-        with write_atomic(out / name) as file:
-            file.write("\t".join([*texts, "label"]) + "\n")
-            file.writelines("\t".join(cells) + "\n" for cells in zip(*texts.values(), [labels[i] for i in rows.labels]))
-        sources[key] |= {"sha256": sha256(out / name), "rows": len(rows.labels)}
-        print(f"{out / name}: {len(rows.labels):,} rows")
-        warn_count(name, key[0], len(rows.labels), known)
+        count = len(data[key].labels)
+        write_table(out / name, data[key].columns(labels))
+        sources[key] |= {"sha256": sha256(out / name), "rows": count}
+        print(f"{out / name}: {count:,} rows")
+        warn_count(name, key[0], count, known)
     write_json(out / "sources.json", {names[key]: sources[key] for key in data})
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take
+from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take, write_table
 from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
 from model import load_model, out_of_memory, pick_device, pick_precision, predict, token_limit
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
@@ -269,13 +269,9 @@ def label_input(folder, protocol, source, target, batch_size):
         logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
                          str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
-    texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
-    columns = [*texts.values(), *([[labels[i] for i in rows.labels]] if rows.labels else []),
-               [labels[i] for i in logits.argmax(1)], *([f"{p:.6f}" for p in column] for column in probabilities.T)]
-    with write_atomic(target) as file:
-        file.write("\t".join([*texts, *(["label"] if rows.labels else []), "prediction",
-                              *(f"p_{label}" for label in labels)]) + "\n")
-        file.writelines("\t".join(cells) + "\n" for cells in zip(*columns))
+    columns = rows.columns(labels) | {"prediction": [labels[i] for i in logits.argmax(1)]}
+    columns |= {f"p_{label}": [f"{p:.6f}" for p in column] for label, column in zip(labels, probabilities.T)}
+    write_table(target, columns)
     print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
           + (f"; accuracy {100 * (logits.argmax(1) == encoded.labels).mean():.1f}" if rows.labels else ""))
 

@@ -84,8 +84,8 @@ def foreign(entry, split):
                     if column.startswith(f"{split}_") and column != f"{split}_en"], 0)
 
 
-def summary(results, select, hidden, seconds):
-    """The report in Markdown. `select`: the protocol to rank by; `seconds`: what all models took."""
+def summary(results, chosen, oracle, select, hidden, seconds):
+    """The report in Markdown, with what choices() gave. `select`: the protocol to rank by; `seconds`: of all models."""
     f1, macro = 100 * micro_f1(results.confusion), 100 * macro_f1(results.confusion)            # (P, M, S, F)
     poolings, combinations, files = results.poolings, results.combinations, results.files
     groups = columns_of(files)
@@ -108,7 +108,6 @@ def summary(results, select, hidden, seconds):
         worth.append([layer, number(with_it), number(without), f"{with_it - without:+.2f}" if (~has).any() else "",
                       *(number(value) for value in mean[:, alone])])
     best_p, best_m = next(i for i in order if len(combinations[i[1]]) == 1)
-    chosen, oracle = choices(results)
     tests = [i for i, name in enumerate(files) if name.startswith("test.")]
     picks = {name: [pick] * len(tests) for name, pick in chosen.items()}
     if {files[i].split(".")[1] for i in tests} <= set(oracle):
@@ -166,7 +165,7 @@ def write_grid(out, results, labels, select, hidden, seconds, model):
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["true \\ predicted", *labels])
                 writer.writerows([label, *row] for label, row in zip(labels, counts.tolist()))
-    text = summary(results, select, hidden, seconds)
+    text = summary(results, chosen, oracle, select, hidden, seconds)
     with write_atomic(out / "summary.md") as file:
         file.write(text)
     write_json(out / "best.json", {

@@ -598,3 +598,7 @@ def test_fewer_word_pieces_give_the_same_states_and_the_whole_table_is_saved(fam
 def test_out_of_memory_says_what_to_try():
     with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory\): try 16"), out_of_memory("try 16"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(UserError, match=r"out of memory on cpu \(.*can't allocate memory.*\): try 8"), out_of_memory("try 8"):
+        torch.empty(2 ** 55)
+    with pytest.raises(RuntimeError, match="must match"), out_of_memory("try 4"):  # our own mistakes keep their traceback
+        torch.zeros(2) + torch.zeros(3)
