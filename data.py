@@ -262,14 +262,19 @@ def train_batches(lengths, size, seed, epoch, multiple=8):
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def sorted_batches(lengths, size, multiple=8, tokens=24):
+def sorted_batches(lengths, size, multiple=8, tokens=24, window=1 << 15):
     """Batches for evaluation and extraction, by falling length: as many rows of one rounded length as hold `size` times
-    `tokens` tokens. So memory and the size of a matrix product are the same for short and for long texts."""
-    order = np.argsort(-lengths, kind="stable")
-    widths, batches, start = -(-lengths[order] // multiple) * multiple, [], 0
-    while start < len(order):
-        batches.append(order[start:start + max(1, size * tokens // widths[start])])
-        start += len(batches[-1])
+    `tokens` tokens. So memory and the size of a matrix product are the same for short and for long texts.
+
+    Rows are sorted within windows, so that what is written of them lies together in the files.
+    """
+    batches = []
+    for first in range(0, len(lengths), window):
+        order = first + np.argsort(-lengths[first:first + window], kind="stable")
+        widths, start = -(-lengths[order] // multiple) * multiple, 0
+        while start < len(order):
+            batches.append(order[start:start + max(1, size * tokens // widths[start])])
+            start += len(batches[-1])
     return batches
 
 

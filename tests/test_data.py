@@ -768,6 +768,9 @@ def test_batches_mix_lengths_no_more_than_they_must():
     assert sum(len(bucket) - 1 for bucket in buckets) <= len(set(-(-lengths // 8))) - 1
     widths = np.concatenate([lengths[batch] for batch in data.sorted_batches(lengths, 13)])
     assert widths.tolist() == sorted(lengths, reverse=True)
+    batches = data.sorted_batches(lengths, 13, window=200)
+    assert [sorted(set(row // 200 for row in batch)) for batch in batches] == sorted([row // 200] for row, *_ in batches)
+    assert sorted(np.concatenate(batches)) == list(range(500)) and lengths[batches[0]].min() > 50
 
 
 # --- kept token ids ----------------------------------------------------------------------------------------------
