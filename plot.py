@@ -76,7 +76,7 @@ def plot_grid(folder, save):
         top.errorbar(score[key].mean(), i, xerr=spread(score[key]), color=colors[key[0]],
                      marker=MARKERS[poolings.index(key[0])], ms=3, capsize=2)
         top.plot(score[key], np.full(len(score[key]), i), "|", color=colors[key[0]], ms=4, alpha=0.5)
-    top.set(yticks=range(len(best)), xlabel="the same (%)", title="The best 15 (bars: seeds)",
+    top.set(yticks=range(len(best)), xlabel="the same (%)", title="The best 15 (ticks: seeds)",
             yticklabels=[f"{'+'.join(map(str, combination))}  {pooling}" for pooling, combination in best])
     top.invert_yaxis()
     save(figure, "search-ranking")
