@@ -337,7 +337,7 @@ def out_of_memory(advice):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        what = first_line(error).partition(". ")[0]
+        what = next(part for part in first_line(error).split(". ") if "memory" in part)
         raise UserError(f"out of memory on {pick_device()} ({what}): {advice}") from None
 
 
