@@ -561,7 +561,7 @@ def test_labels_of_a_smaller_integer_type_are_read(run, grid, features, tmp_path
     (("--layers", 4, 6), "--layers 6: the model has layers 0 (embeddings) to 5"),
     (("--layers", -1), "--layers -1: the model has layers 0 (embeddings) to 5"),
     (("--layers", 2, 4, 2), "--layers 2 4 2: a layer is named twice"),
-    (("--layers", *range(15)), "--layers: 15 layers have 32,768 combinations; name 14 at most"),
+    (("--layers", *range(15)), "--layers: 15 layers have 32,767 combinations; name 14 at most"),
     (("--poolings", "max", "max"), "--poolings max max: a pooling is named twice"),
     (("--poolings", "median"), "argument --poolings: invalid choice: 'median'"),
     (("--seeds", 0), "--seeds 0: expected 1 or more"), (("--epochs", 0), "--epochs 0: expected 1 or more"),
