@@ -8,8 +8,6 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from files import read_json
-
 SHORTER = {  # so that the suite stays within its time; `make demo` runs them as they are
     "grid_search.py": "--epochs 10",
     "train.py": "--max-train-rows 2000 --max-eval-rows 200",
@@ -53,7 +51,7 @@ def test_the_search_trains_every_model_and_some_transfer(demo):
     with open(out / "grid/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 255 * 3 * 5 and "3,825 models" in printed[1]
-    best = read_json(out / "grid/best.json")
+    best = json.loads((out / "grid/best.json").read_bytes())
     mine = [row for row in rows if row["pooling"] == best["pooling"] and row["layers"] == "+".join(map(str, best["layers"]))]
     assert len(mine) == 5
 
@@ -65,9 +63,9 @@ def test_the_search_trains_every_model_and_some_transfer(demo):
 
 def test_the_three_systems_stand_in_one_table(demo):
     out, printed = demo
-    results = read_json(out / "results/results.json")
+    results = json.loads((out / "results/results.json").read_bytes())
     assert [system["name"] for system in results["systems"]] == ["baseline", "mc-bert", "mc-bert-wf"]
-    chance = 1 / len(read_json(out / "runs/mc-bert/run.json")["labels"])
+    chance = 1 / len(json.loads((out / "runs/mc-bert/run.json").read_bytes())["labels"])
     for system in results["systems"]:
         others = [accuracy for language, accuracy in system["mean"].items() if language != "en"]
         assert system["mean"]["en"] > 0.6 and len(others) == 6
