@@ -110,17 +110,19 @@ def phase_one(grid):
             f"- (5) best combination, chosen on these test sets: {named(best)}"]
 
 
-def correctness(folders, data, split, which, languages, labels, batch_size):
-    """Whether each run is right on each row: (runs, rows, languages) 0 or 1. `which` epoch: last, or half of them."""
-    truth = [read_split(data, split, language, labels).labels for language in languages]
+def correctness(folders, data, split, which, truth, batch_size):
+    """Whether each run is right on each row: (runs, rows, languages) 0 or 1. `which` epoch: last, or half of them.
+
+    truth: {language: the rows' classes}.
+    """
     right = []
     for folder in folders:
         run, history = read_run(folder)
         if not run["complete"]:
             raise UserError(f"{folder} is not finished: give the same command again")
         epoch = max(history) // 2 if which == "half" else max(history)
-        logits = run_logits(folder, run, dict.fromkeys(languages, epoch), data, split, None, batch_size)
-        right.append(np.stack([logits[language].argmax(1) == row for language, row in zip(languages, truth)], axis=1))
+        logits = run_logits(folder, run, dict.fromkeys(truth, epoch), data, split, None, batch_size)
+        right.append(np.stack([logits[language].argmax(1) == classes for language, classes in truth.items()], axis=1))
     return np.stack(right).astype(float)
 
 
@@ -188,8 +190,8 @@ def main(argv=None):
     if "en" not in languages or len(languages) < 2:
         raise UserError(f"{args.data}: {args.split} is needed in English and in another language, "
                         f"it is there in: {' '.join(languages)}")
-    check_rows({language: read_split(args.data, args.split, language, labels) for language in languages}, args.data,
-               args.split)
+    sets = {language: read_split(args.data, args.split, language, labels) for language in languages}
+    check_rows(sets, args.data, args.split)
     searched = phase_one(args.grid) if args.grid else []
     everything = systems(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.hidden, args.epochs)
     comparisons = CONCLUSIONS
@@ -207,13 +209,12 @@ def main(argv=None):
                 "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
             if status:  # stopped by a signal
                 return status
-    clusters = premise_clusters(read_split(args.data, args.split, "en", labels))
-    right, rows = {}, []
+    clusters = premise_clusters(sets["en"])
+    truth, right, rows = {language: part.labels for language, part in sets.items()}, {}, []
     for number, claim, a, b, way in comparisons:
         for name, which in (a, b):
             if (name, which) not in right:
-                right[name, which] = correctness(folders[name], args.data, args.split, which, languages, labels,
-                                                 args.batch_size)
+                right[name, which] = correctness(folders[name], args.data, args.split, which, truth, args.batch_size)
         found = compare(right[a], right[b], clusters, languages.index("en"), args.resamples)
         others = found["others"]
         said = verdict(others["low"], others["high"], others["by_seed"], way)

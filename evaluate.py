@@ -50,11 +50,8 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
         if origins.get(path.name) != origin or not path.exists():
             if epoch not in models:
                 models[epoch] = load_epoch(folder, epoch, run)
-            model, tokenizer, dtype = models[epoch]
-            encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
-            with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
-                values = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"],
-                                 batch_size, f"{folder.name} epoch {epoch} {split} {language}")
+            values = predict_rows(*models[epoch], rows, run["arguments"]["max_length"], batch_size,
+                                  f"{folder.name} epoch {epoch} {split} {language}")
             with write_atomic(path, "wb") as file:
                 np.save(file, values)
             write_json(path.parent / "origins.json", {**origins, path.name: origin})
@@ -79,6 +76,13 @@ def load_epoch(folder, epoch, run):
     device, precision = pick_device(), run["arguments"]["precision"]
     precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
     return model.to(device), tokenizer, pick_precision(precision, device)
+
+
+def predict_rows(model, tokenizer, dtype, rows, max_length, batch_size, desc):
+    """Logits of Rows by what load_epoch() gives: (N, C)."""
+    encoded = encode(tokenizer, rows, max_length)
+    with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
+        return predict(model, encoded, tokenizer.pad_token_id, dtype, max_length, batch_size, desc)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -263,17 +267,14 @@ def label_input(folder, protocol, source, target, batch_size):
     labels = run["labels"]
     rows = read_table(source, labels)
     epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
-    model, tokenizer, dtype = load_epoch(folder, epoch, run)
-    encoded = encode(tokenizer, rows, run["arguments"]["max_length"])
-    with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
-        logits = predict(model, encoded, tokenizer.pad_token_id, dtype, run["arguments"]["max_length"], batch_size,
-                         str(source))
+    logits = predict_rows(*load_epoch(folder, epoch, run), rows, run["arguments"]["max_length"], batch_size,
+                          str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
     columns = rows.columns(labels) | {"prediction": [labels[i] for i in logits.argmax(1)]}
     columns |= {f"p_{label}": [f"{p:.6f}" for p in column] for label, column in zip(labels, probabilities.T)}
     write_table(target, columns)
     print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
-          + (f"; accuracy {100 * (logits.argmax(1) == encoded.labels).mean():.1f}" if rows.labels else ""))
+          + (f"; accuracy {100 * (logits.argmax(1) == rows.labels).mean():.1f}" if rows.labels else ""))
 
 
 def parse_args(argv):

@@ -354,10 +354,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             if not (evaluates or saves or state.step % log_steps == 0):
                 continue
             loss_sum, right_sum, row_sum = gather_totals(state.totals)
-            problem = None if np.isfinite(loss_sum) else f"the loss is {loss_sum}"
-            if saves and not problem and not all(weight.isfinite().all() for weight in model.parameters()):
-                problem = "a weight is not finite"
-            if problem:
+            if problem := not_finite(loss_sum, model if saves else None):
                 end()
                 raise UserError(f"{problem} at step {state.step}: lower --lr (now {lr}) or give --precision fp32; "
                                 f"a state from before is kept in {out}, if one was saved")
@@ -387,6 +384,15 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
             since, clock = state.step, time.perf_counter()
     end()
     return 0
+
+
+def not_finite(loss, model):
+    """What is not a finite number, the loss or (where a model is given) a weight, as a phrase; None when all are."""
+    if not np.isfinite(loss):
+        return f"the loss is {loss}"
+    if model is not None and not all(weight.isfinite().all() for weight in model.parameters()):
+        return "a weight is not finite"
+    return None
 
 
 def log_train(writer, bar, step, loss, accuracy, rate, speed):
@@ -523,6 +529,17 @@ def check_args(args, parser):
                             f"got {args.layers!r} and {args.pooling!r}")
 
 
+def read_tokens(encoder, tokenizer, identity, labels, keys, args):
+    """The token ids of each (split, language) in `keys`, {key: Encoded}; the encoder keeps the word pieces in them."""
+    tokens = {(split, language): encode_split(
+                  tokenizer, identity, args.data, split, language, labels, args.max_length,
+                  args.max_train_rows if split == "train" else args.max_eval_rows) for split, language in keys}
+    tokenizer.backend_tokenizer.no_truncation()  # tokenising leaves it on, kept token ids do not: save it alike
+    used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
+    new_ids = keep_tokens(encoder, used, tokenizer.pad_token_id)
+    return {key: part._replace(ids=new_ids[part.ids]) for key, part in tokens.items()}
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
@@ -554,14 +571,8 @@ def main(argv=None):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
-        tokens = {(split, language): encode_split(
-                      tokenizer, description["tokenizer"], args.data, split, language, labels, args.max_length,
-                      args.max_train_rows if split == "train" else args.max_eval_rows)
-                  for split, language in [("train", args.train_language), *sets]}
-        tokenizer.backend_tokenizer.no_truncation()  # tokenising leaves it on, kept token ids do not: save it alike
-        used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
-        new_ids = keep_tokens(model.encoder, used, tokenizer.pad_token_id)
-        tokens = {key: part._replace(ids=new_ids[part.ids]) for key, part in tokens.items()}
+        tokens = read_tokens(model.encoder, tokenizer, description["tokenizer"], labels,
+                             [("train", args.train_language), *sets], args)
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if args.compile:
             model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew

@@ -78,7 +78,7 @@ def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(model_f
     assert script("claims", "--model", model_folder, "--data", data_folder, "--out", tmp_path)[0] == 130 and len(calls) == 1
     monkeypatch.setattr(claims, "read_run", lambda folder: ({"complete": False}, {1: {}}))
     with pytest.raises(claims.UserError, match="is not finished"):
-        claims.correctness(["x"], data_folder, "test", "last", ["en"], ["refund", "agent", "delivery", "cancel"], 8)
+        claims.correctness(["x"], data_folder, "test", "last", {"en": [0]}, 8)
 
 
 def test_the_controls_cover_freezing_at_other_epochs_and_other_layers():
