@@ -269,10 +269,10 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
     return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
-def our_training(model, tokenizer, encoded, batch_size, dtype, repeats):
+def our_training(model, tokenizer, encoded, batch_size, dtype, repeats, head, layers, frozen):
     """Measure train.py's steps, its prediction and its steps after freezing: (seconds, MiB) each, and the limit."""
     labels = [str(i) for i in range(3)]
-    classifier, *_ = train.build(model, labels, "pooler", [], None, "cls", 0.1, None, 0, 0)  # what Trainer trains
+    classifier, *_ = train.build(model, labels, head, layers, None, "max", 0.1, None, 0, 0)
     new_ids = keep_tokens(classifier.encoder, np.unique(encoded.ids), tokenizer.pad_token_id)
     encoded = encoded._replace(ids=new_ids[encoded.ids])
     state = train.State(classifier.to(DEVICE), 0.0, dtype)
@@ -285,7 +285,7 @@ def our_training(model, tokenizer, encoded, batch_size, dtype, repeats):
 
     steps, limit = with_limit(dtype, lambda: measure(work, repeats))
     predictions = measure(lambda: predict(classifier, encoded, tokenizer.pad_token_id, dtype), repeats)
-    state.freeze([*range(7)])
+    state.freeze(frozen)
     return steps, limit, predictions, measure(work, repeats)
 
 
@@ -293,8 +293,10 @@ def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
     """Fine-tuning beside Trainer; with `full` evaluation and freezing too."""
     tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
     encoded = encode(tokenizer, rows)
+    blocks = config.num_hidden_layers
+    lower = [*range(blocks // 2 + 1)]
     (seconds, memory), limit, (predicting, its_memory), (frozen, _) = our_training(
-        model, tokenizer, encoded, batch_size, dtype, repeats)
+        model, tokenizer, encoded, batch_size, dtype, repeats, "pooler", [], lower)  # the head is what Trainer trains
     rate = count / seconds
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
@@ -317,7 +319,12 @@ def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
     if full:
         table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / predicting, count / its[0],
                   "rows/s", "1.25", its_memory, its[1])
-        table.add("embeddings and lowest 6 frozen", "before freezing", count / frozen, rate, "examples/s", "1.6")
+        what = f"embeddings and lowest {blocks // 2} frozen"
+        table.add(what, "before freezing", count / frozen, rate, "examples/s", "1.6")
+        layers = sorted({blocks // 2, 2 * blocks // 3, blocks - 1})  # of 12: 6 8 11
+        (seconds, _), _, _, (frozen, _) = our_training(model, tokenizer, encoded, batch_size, dtype, repeats, "layers",
+                                                       layers, lower)
+        table.add(f"{what}, MC-BERT", "before freezing", count / frozen, count / seconds, "examples/s", "1.6")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

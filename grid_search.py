@@ -29,33 +29,12 @@ from ranking import Results, columns_of, write_grid
 
 # --- the models --------------------------------------------------------------------------------------------------
 
-class SubsetProducts(torch.autograd.Function):
-    """Every subset's features times its own weights, as L products.
+def half(full, layer):
+    """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer), a view.
 
-    x (L, S, B, D) and L weights (S, D, K * M/2), float32, multiplied in x's dtype -> (S, B, K, M) float32. Seen as
-    (..., 2, 2, ..., 2), the last dimension has an axis a layer, and layer l adds to the half where its bit is set.
+    Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
     """
-
-    @staticmethod
-    def halves(full, layer, layers):
-        """The half of (S, B, K, M) that uses a layer: (S, B, K, 2^(L-1-layer), 2^layer), a view."""
-        return full.unflatten(3, (2 ** (layers - 1 - layer), 2, 2 ** layer))[:, :, :, :, 1]
-
-    @staticmethod
-    def forward(ctx, x, units, *weights):
-        ctx.save_for_backward(x)
-        layers, seeds, rows, _ = x.shape
-        out = x.new_zeros(seeds, rows, units, 2 ** layers, dtype=weights[0].dtype)
-        for layer, weight in enumerate(weights):
-            half = SubsetProducts.halves(out, layer, layers)
-            half += torch.bmm(x[layer], weight.to(x.dtype)).view_as(half)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, = ctx.saved_tensors
-        return (None, None, *(torch.bmm(x[layer].transpose(1, 2), SubsetProducts.halves(gradient, layer, len(x))
-                                        .flatten(2).to(x.dtype)).to(gradient.dtype) for layer in range(len(x))))
+    return full.unflatten(3, (-1, 2, 2 ** layer))[:, :, :, :, 1]
 
 
 def initial_weights(generators, layers, size, classes, hidden, dtype, device):
@@ -73,7 +52,7 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
     used = torch.tensor([bin(m).count("1") for m in range(models)], dtype=dtype, device=device).clamp(min=1)
     scale = 1 / (used * size).sqrt()                                                           # (M,)
     weights = [(uniform(size, units)[..., None]
-                * SubsetProducts.halves(scale[None, None, None], layer, layers).reshape(-1)).flatten(2)
+                * half(scale[None, None, None], layer).reshape(-1)).flatten(2)
                for layer in range(layers)]
     rest = [uniform(units)[..., None] * scale]
     if hidden:
@@ -82,10 +61,21 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
     return weights, rest
 
 
-def logits_of(x, weights, rest, scale=1.0, mask=None):
-    """x (L, S, B, D) -> logits of all models (S, B, C, M); `scale` and `mask` (S, B, H, 1) are dropout's."""
+def products(x, weights, bias):
+    """Every model's features times its own weights: x (L, S, B, D), L weights (S, D, K * M/2) of its dtype, and the
+    bias (S, K, M), read for its shape -> (S, B, K, M) float32."""
+    out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])
+    for layer, weight in enumerate(weights):
+        part = half(out, layer)
+        part += torch.bmm(x[layer], weight).view_as(part)
+    return out
+
+
+def logits_of(out, rest, scale=1.0, mask=None):
+    """From the products (S, B, K, M) to the logits of all models (S, B, C, M); `scale` and `mask` (S, B, H, 1) are
+    dropout's."""
     bias, *head = rest
-    out = SubsetProducts.apply(x, bias.shape[1], *weights) * scale + bias[:, None]
+    out = out * scale + bias[:, None]
     if head:
         out = out.relu() * (mask * scale if mask is not None else 1)
         out = torch.einsum("sbhm,shcm->sbcm", out, head[0]) + head[1][:, None]
@@ -104,27 +94,36 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
     device = features.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     weights, rest = initial_weights(generators, layers, size, classes, hidden, dtype, device)
-    parameters = [parameter.requires_grad_() for parameter in weights + rest]
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+    low = [weight.to(features.dtype) for weight in weights]  # what the products read
+    *optimizers, of_rest = [torch.optim.Adam(parameters, lr=lr, fused=True)
+                            for parameters in (*([weight] for weight in weights), rest)]
+    gradient = torch.empty_like(weights[0])  # of one layer at a time: it stays in the processor's cache
     scale = 1 / (1 - dropout)
     for _ in range(epochs):
         orders = torch.stack([torch.randperm(count, generator=g, device=device) for g in generators])    # (S, N)
         for rows in orders.split(batch_size, dim=1):                                                     # (S, B)
-            x = features[:, rows]                                                                        # (L, S, B, D)
+            x = features.index_select(1, rows.flatten()).unflatten(1, rows.shape)                        # (L, S, B, D)
             mask = None
             if dropout:
-                x = x * torch.stack([keep_mask((layers, rows.shape[1], size), dropout, device, g)
-                                     for g in generators], dim=1)
+                for seed, g in enumerate(generators):
+                    x[:, seed] *= keep_mask((layers, rows.shape[1], size), dropout, device, g).to(x.dtype)
                 if hidden:
                     mask = torch.stack([keep_mask((rows.shape[1], hidden, 1), dropout, device, g) for g in generators])
-            logits = logits_of(x, weights, rest, scale, mask)                                            # (S, B, C, M)
+            out = products(x, low, rest[0].detach()).requires_grad_()                                    # (S, B, K, M)
+            for parameter in rest:
+                parameter.requires_grad_().grad = None
+            logits = logits_of(out, rest, scale, mask)                                                   # (S, B, C, M)
             right = logits.gather(2, labels[rows][:, :, None, None].expand(-1, -1, 1, logits.shape[3]))
             loss = (logits.logsumexp(2) - right[:, :, 0]).sum() / rows.shape[1]
-            optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            of_rest.step()
+            for layer, weight in enumerate(weights):  # the products' own backward, and the update at once
+                part = half(out.grad, layer).flatten(2).to(x.dtype)
+                weight.grad = gradient.copy_(torch.bmm(x[layer].transpose(1, 2), part))
+                optimizers[layer].step()
+                low[layer].copy_(weight)
             progress()
-    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+    if not all(torch.isfinite(parameter).all() for parameter in weights + rest):
         raise UserError(f"the search's weights are not finite, its loss is {loss.item():.3g}: "
                         f"are the features sane, and is --lr {lr} not too high?")
     return weights, rest
@@ -136,10 +135,11 @@ def confusion_matrices(weights, rest, features, labels, classes, chunk=512):
     seeds, models = rest[0].shape[0], rest[0].shape[2]
     total = torch.zeros(seeds * models * classes * classes, dtype=torch.int64, device=features.device)
     model = torch.arange(seeds * models, device=features.device).view(seeds, 1, models)
+    low = [weight.to(features.dtype) for weight in weights]
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
         x = features[:, None, part].expand(-1, seeds, -1, -1)
-        predicted = logits_of(x, weights, rest).argmax(2)                                      # (S, B, M)
+        predicted = logits_of(products(x, low, rest[0]), rest).argmax(2)             # (S, B, M)
         index = (model * classes + labels[part][None, :, None]) * classes + predicted
         total += torch.bincount(index.flatten(), minlength=len(total))
     return total.view(seeds, models, classes, classes).cpu().numpy().astype(np.int32)

@@ -17,7 +17,7 @@ from data import Encoded
 from files import UserError
 from model import (POOLINGS, Classifier, Dropout, attention, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
                    keep_tokens, load_encoder, load_model, load_tokenizer, model_identity, out_of_memory, pick_precision, pool, predict,
-                   save_model, token_limit, whole_state)
+                   random_bits, save_model, token_limit, whole_state)
 
 FAMILIES = ["bert", "xlm-roberta", "distilbert", "deberta"]
 BLOCKS, HIDDEN = 5, 36
@@ -147,6 +147,20 @@ def test_attention_and_its_gradient_are_those_of_transformers(dropout, dtype, at
     monkeypatch.setattr(modeling_bert.nn.functional, "dropout", same_dropout)
     for a, b in zip(mine, results(modeling_bert.eager_attention_forward)):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_random_bits_are_fair_independent_and_the_generators_own():
+    count = 200_003
+    generator = torch.Generator().manual_seed(5)
+    first, second = (random_bits(count, torch.device("cpu"), generator) for _ in range(2))
+    again = random_bits(count, torch.device("cpu"), torch.Generator().manual_seed(5))
+    assert torch.equal(first, again) and len(first.unique()) == count
+    signs = torch.stack([((bits >> place) & 1) * 2.0 - 1 for bits in (first, second) for place in range(64)])  # (128, N)
+    limit = 6 / count ** 0.5  # six standard deviations
+    assert signs.mean(1).abs().max() < limit
+    for lag in (0, 1, 2, 7, 96, 192):  # between places, neighbours, rows of a small and of a large encoder, and calls
+        shared = signs[:, lag:] @ signs[:, :count - lag].T / count
+        assert (shared - torch.eye(128) * (lag == 0)).abs().max() < limit
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
