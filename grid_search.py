@@ -90,6 +90,7 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
     order under the same dropout mask, so that any of them trained alone comes out the same. Returns the weights as
     initial_weights() does. UserError when a weight is not finite.
     """
+    features = features.contiguous()  # or each step copies the whole to take a batch from it
     layers, count, size = features.shape
     device = features.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]

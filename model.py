@@ -7,6 +7,7 @@ Layers are numbered alike everywhere: 0 is the embedding output, k is the output
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
 import contextlib
+import ctypes
 import hashlib
 import math
 import os
@@ -33,6 +34,18 @@ POOLINGS = ("max", "mean", "cls")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+
+def keep_memory():
+    """Let the process keep memory that it frees. glibc hands it back to the kernel at every step otherwise, which clears
+    it anew each time: up to a tenth of the time of a search, an extraction or a training step on a CPU."""
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the highest that every version takes
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+keep_memory()
 
 
 # --- the encoder, its blocks, and freezing -----------------------------------------------------------------------
