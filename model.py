@@ -37,8 +37,8 @@ transformers_logging.disable_progress_bar()
 
 
 def keep_memory():
-    """Let the process keep memory that it frees. glibc hands it back to the kernel at every step otherwise, which clears
-    it anew each time: up to a tenth of the time of a search, an extraction or a training step on a CPU."""
+    """Let the process keep memory that it frees. glibc hands it back to the kernel at every step otherwise, which
+    clears it anew each time: up to a tenth of the time of a search, an extraction or a training step on a CPU."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the highest that every version takes
