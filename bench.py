@@ -269,8 +269,8 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
     return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
-def our_training(model, tokenizer, encoded, batch_size, dtype, repeats, head, layers, frozen):
-    """Measure train.py's steps, its prediction and its steps after freezing: (seconds, MiB) each, and the limit."""
+def our_steps(model, tokenizer, encoded, batch_size, dtype, head, layers=()):
+    """train.py's State, an epoch of its steps as a function, and the rows as its encoder numbers their tokens."""
     labels = [str(i) for i in range(3)]
     classifier, *_ = train.build(model, labels, head, layers, None, "max", 0.1, None, 0, 0)
     new_ids = keep_tokens(classifier.encoder, np.unique(encoded.ids), tokenizer.pad_token_id)
@@ -283,20 +283,31 @@ def our_training(model, tokenizer, encoded, batch_size, dtype, repeats, head, la
             parts = list(train.micro_batches(encoded, index, tokenizer.pad_token_id, 128, DEVICE, 1, 0, 1))
             train.train_step(classifier, state.optimizer, 1e-5, state.scaler, parts, len(index), dtype, 1.0, 1)
 
-    steps, limit = with_limit(dtype, lambda: measure(work, repeats))
-    predictions = measure(lambda: predict(classifier, encoded, tokenizer.pad_token_id, dtype), repeats)
+    return state, work, encoded
+
+
+def our_training(model, tokenizer, encoded, batch_size, dtype, repeats, full):
+    """Measure train.py's steps under the head that Trainer trains: ((seconds, MiB), limit), and with `full` its
+    prediction: (seconds, MiB)."""
+    state, work, encoded = our_steps(model, tokenizer, encoded, batch_size, dtype, "pooler")
+    steps = with_limit(dtype, lambda: measure(work, repeats))
+    return steps, full and measure(lambda: predict(state.model, encoded, tokenizer.pad_token_id, dtype), repeats)
+
+
+def our_freezing(model, tokenizer, encoded, batch_size, dtype, repeats, head, layers, frozen):
+    """Seconds of an epoch before and after freezing."""
+    state, work, _ = our_steps(model, tokenizer, encoded, batch_size, dtype, head, layers)
+    before, _ = measure(work, repeats)
     state.freeze(frozen)
-    return steps, limit, predictions, measure(work, repeats)
+    return before, measure(work, repeats)[0]
 
 
 def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
     """Fine-tuning beside Trainer; with `full` evaluation and freezing too."""
     tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
     encoded = encode(tokenizer, rows)
-    blocks = config.num_hidden_layers
-    lower = [*range(blocks // 2 + 1)]
-    (seconds, memory), limit, (predicting, its_memory), (frozen, _) = our_training(
-        model, tokenizer, encoded, batch_size, dtype, repeats, "pooler", [], lower)  # the head is what Trainer trains
+    ours = model, tokenizer, encoded, batch_size, dtype, repeats
+    ((seconds, memory), limit), prediction = our_training(*ours, full)
     rate = count / seconds
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
@@ -317,14 +328,14 @@ def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
     need = 3 * operations(config, encoded.lengths)
     table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
     if full:
-        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / predicting, count / its[0],
-                  "rows/s", "1.25", its_memory, its[1])
-        what = f"embeddings and lowest {blocks // 2} frozen"
-        table.add(what, "before freezing", count / frozen, rate, "examples/s", "1.6")
-        layers = sorted({blocks // 2, 2 * blocks // 3, blocks - 1})  # of 12: 6 8 11
-        (seconds, _), _, _, (frozen, _) = our_training(model, tokenizer, encoded, batch_size, dtype, repeats, "layers",
-                                                       layers, lower)
-        table.add(f"{what}, MC-BERT", "before freezing", count / frozen, count / seconds, "examples/s", "1.6")
+        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / prediction[0], count / its[0],
+                  "rows/s", "1.25", prediction[1], its[1])
+        blocks = config.num_hidden_layers
+        chosen = sorted({blocks // 2, 2 * blocks // 3, blocks - 1})  # of 12: 6 8 11
+        for name, head, layers in (("", "pooler", ()), (", MC-BERT", "layers", chosen)):
+            before, after = our_freezing(*ours, head, layers, [*range(blocks // 2 + 1)])
+            table.add(f"embeddings and lowest {blocks // 2} frozen{name}", "before freezing", count / after,
+                      count / before, "examples/s", "1.6")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
     low = [weight.to(features.dtype) for weight in weights]  # what the products read
     *optimizers, of_rest = [torch.optim.Adam(parameters, lr=lr, fused=True)
                             for parameters in (*([weight] for weight in weights), rest)]
+    for parameter in rest:
+        parameter.requires_grad_()
     gradient = torch.empty_like(weights[0])  # of one layer at a time: it stays in the processor's cache
     scale = 1 / (1 - dropout)
     for _ in range(epochs):
@@ -110,12 +112,11 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
                     x[:, seed] *= keep_mask((layers, rows.shape[1], size), dropout, device, g).to(x.dtype)
                 if hidden:
                     mask = torch.stack([keep_mask((rows.shape[1], hidden, 1), dropout, device, g) for g in generators])
-            out = products(x, low, rest[0].detach()).requires_grad_()                                    # (S, B, K, M)
-            for parameter in rest:
-                parameter.requires_grad_().grad = None
+            out = products(x, low, rest[0]).requires_grad_()                                             # (S, B, K, M)
             logits = logits_of(out, rest, scale, mask)                                                   # (S, B, C, M)
             right = logits.gather(2, labels[rows][:, :, None, None].expand(-1, -1, 1, logits.shape[3]))
             loss = (logits.logsumexp(2) - right[:, :, 0]).sum() / rows.shape[1]
+            of_rest.zero_grad()
             loss.backward()
             of_rest.step()
             for layer, weight in enumerate(weights):  # the products' own backward, and the update at once
