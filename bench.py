@@ -30,11 +30,11 @@ from transformers import (AutoModel, AutoModelForSequenceClassification, BertCon
 import train
 from data import (collate, encode, encode_split, read_labels, read_split, sorted_batches, take, train_batches,
                   write_table)
+from device import autocast, pick_device, pick_precision, to_device, versions
 from extract import pool_all
 from files import UserError, cli, markdown_table, write_atomic, write_json
 from grid_search import confusion_matrices, train_models
-from model import (autocast, drop_pooler, keep_tokens, load_encoder, load_tokenizer, model_identity, pick_device,
-                   pick_precision, predict, to_device, versions)
+from model import drop_pooler, keep_tokens, load_encoder, load_tokenizer, model_identity, predict
 from ranking import micro_f1
 
 DEVICE = pick_device()

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take, write_table
+from device import out_of_memory, pick_device, pick_precision
 from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
-from model import load_model, out_of_memory, pick_device, pick_precision, predict, token_limit
+from model import load_model, predict, token_limit
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
 from significance import bootstrap_difference, holm, mcnemar, premise_clusters, spread
 

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
+from device import agree, autocast, out_of_memory, pick_device, pick_precision, start_processes, to_device, versions
 from files import UserError, claim, cli, finish_folder, load_array, progress_bar, start_folder, write_atomic
-from model import (POOLINGS, agree, autocast, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer,
-                   model_identity, out_of_memory, pick_device, pick_precision, pool, start_processes, to_device,
-                   token_limit, versions)
+from model import (POOLINGS, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity, pool,
+                   token_limit)
 
 
 def pool_all(encoder, batch):

@@ -21,6 +21,12 @@ class UserError(Exception):
     """Something the user can put right: one sentence with file, line, value and what was expected."""
 
 
+def first_line(error):
+    """An exception's first sentence, for a message of one line; with the next line when it only announces that one."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
+
+
 def cli(main):
     """Run a script's main: a user's mistake or a full disk is one sentence and exit status 2, not a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

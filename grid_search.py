@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from device import agree, keep_mask, out_of_memory, pick_device, pick_precision, start_processes, versions
 from files import (UserError, claim, cli, finish_folder, load_array, progress_bar, read_json, sha256, start_folder,
                    write_atomic)
-from model import (POOLINGS, agree, check_layers, keep_mask, out_of_memory, pick_device, pick_precision,
-                   start_processes, versions)
+from model import POOLINGS, check_layers
 from ranking import Results, columns_of, write_grid
 
 

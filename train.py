@@ -29,10 +29,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data import collate, encode_split, fingerprint, read_labels, split_languages, split_path, train_batches
+from device import agree, autocast, out_of_memory, pick_device, pick_precision, start_processes, to_device, versions
 from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
-from model import (POOLINGS, Classifier, agree, autocast, blocks, check_layers, cut_after, drop_pooler, freeze_layers,
-                   keep_tokens, layer_module, load_encoder, load_tokenizer, model_identity, out_of_memory, pick_device,
-                   pick_precision, predict, save_model, start_processes, to_device, token_limit, versions)
+from model import (POOLINGS, Classifier, blocks, check_layers, cut_after, drop_pooler, freeze_layers, keep_tokens,
+                   layer_module, load_encoder, load_tokenizer, model_identity, predict, save_model, token_limit)
 
 
 # --- the pieces of a step ----------------------------------------------------------------------------------------

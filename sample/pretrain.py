@@ -25,8 +25,8 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from data import encode, fingerprint, read_labels, read_split, split_languages
+from device import autocast, pick_device, pick_precision, versions
 from files import UserError, cli, progress_bar, write_atomic, write_json
-from model import autocast, pick_device, pick_precision, versions
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import convert
 import data
 from conftest import SHARED, make_data
 from files import UserError
@@ -231,7 +232,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
     folder = write_zips(tmp_path / "archives", xnli_members())
     massive = write_massive(folder, massive_members())
     readers = {folder / "XNLI-1.0.zip": lambda: read_xnli(folder), folder / "XNLI-MT-1.0.zip": lambda: read_xnli(folder),
-               massive: lambda: data.read_massive(massive, ["en", "de"], ["en"], 0, False, 0)}
+               massive: lambda: convert.read_massive(massive, ["en", "de"], ["en"], 0, False, 0)}
     pick, refused = random.Random(5), 0
     for path, read in readers.items():
         good, expected = path.read_bytes(), read()
@@ -249,7 +250,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
 
 
 def read_xnli(folder):
-    return data.read_xnli(folder / "XNLI-1.0.zip", folder / "XNLI-MT-1.0.zip", {"en": None, "de": None}, {"en": None})
+    return convert.read_xnli(folder / "XNLI-1.0.zip", folder / "XNLI-MT-1.0.zip", {"en": None, "de": None}, {"en": None})
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -294,7 +295,8 @@ def test_a_full_disk_leaves_whole_files_and_can_be_gone_on_from(tmp_path, script
         if len(opened) == 3:
             raise OSError(28, "No space left on device")
         return real(path)
-    monkeypatch.setattr(data, "write_atomic", write_atomic)
+    for module in (data, convert):
+        monkeypatch.setattr(module, "write_atomic", write_atomic)
     assert "No space left on device" in refusal(script("data", *command))
     left = {path.name: path.read_bytes() for path in (tmp_path / "xnli").iterdir()}
     assert len(left) == 2 and left.items() < whole.items()
@@ -426,7 +428,7 @@ def test_massive_refuses_a_damaged_archive(tmp_path, script, damage, message):
 
 def test_massive_names_the_address_of_a_missing_archive(tmp_path, script):
     sentence = refusal(script("data", "massive", "--archives", tmp_path, "--out", tmp_path / "set"))
-    assert f"(--archives); it can be had from {data.MASSIVE_URL}" in sentence
+    assert f"(--archives); it can be had from {convert.MASSIVE_URL}" in sentence
 
 
 # --- the folder format -------------------------------------------------------------------------------------------
@@ -531,7 +533,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    monkeypatch.setattr(convert.time, "sleep", lambda _: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -549,7 +551,7 @@ def server(monkeypatch):
 ])
 def test_download_goes_on_where_it_broke_off(tmp_path, server, cuts, asked, sent):
     server.cuts = list(cuts)
-    data.download(server.url, tmp_path / "new" / "set.zip")
+    convert.download(server.url, tmp_path / "new" / "set.zip")
     assert (tmp_path / "new" / "set.zip").read_bytes() == server.body
     assert (server.asked, server.sent) == (asked, sent)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["set.zip"]
@@ -557,14 +559,14 @@ def test_download_goes_on_where_it_broke_off(tmp_path, server, cuts, asked, sent
 
 def test_download_goes_on_from_an_earlier_runs_part(tmp_path, server):
     (tmp_path / "set.zip.part").write_bytes(server.body[:200_000])
-    data.download(server.url, tmp_path / "set.zip")
+    convert.download(server.url, tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == server.body
     assert server.asked == ["bytes=200000-"] and server.sent == [100_001]
 
 
 def test_download_starts_anew_where_the_server_has_no_ranges(tmp_path, server):
     server.ranges, server.cuts = False, [100_003]
-    data.download(server.url, tmp_path / "set.zip")
+    convert.download(server.url, tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == server.body
     assert server.asked == [None, "bytes=100003-"] and server.sent == [100_003, 300_001]
 
@@ -572,7 +574,7 @@ def test_download_starts_anew_where_the_server_has_no_ranges(tmp_path, server):
 @pytest.mark.parametrize("stale", [0, 5])
 def test_download_starts_anew_when_the_part_is_whole_or_too_long(tmp_path, server, stale):
     (tmp_path / "set.zip.part").write_bytes(server.body + bytes(stale))
-    data.download(server.url, tmp_path / "set.zip")
+    convert.download(server.url, tmp_path / "set.zip")
     assert (tmp_path / "set.zip").read_bytes() == server.body
     assert server.asked == [f"bytes={300_001 + stale}-", None]
 
@@ -581,7 +583,7 @@ def test_download_starts_anew_when_the_part_is_whole_or_too_long(tmp_path, serve
 def test_download_gives_up_on_a_wrong_length(tmp_path, server, ranges):
     server.ranges, server.lie = ranges, 10
     with pytest.raises(UserError) as error:
-        data.download(server.url, tmp_path / "set.zip")
+        convert.download(server.url, tmp_path / "set.zip")
     assert str(error.value).startswith(f"{server.url}: ") and "--archives" in str(error.value)
     assert ("300,001 of 300,011 bytes" in str(error.value)) or ranges and "416" in str(error.value)
     assert len(server.asked) == 5 and not (tmp_path / "set.zip").exists()
@@ -591,7 +593,7 @@ def test_download_gives_up_on_a_wrong_length(tmp_path, server, ranges):
                                                     (503, "Service Unavailable", 5), (416, "Requested Range", 5)])
 def test_download_says_what_the_server_said(tmp_path, server, script, monkeypatch, code, reason, requests):
     server.failure = code
-    monkeypatch.setattr(data, "XNLI_URL", server.url)
+    monkeypatch.setattr(convert, "XNLI_URL", server.url)
     sentence = refusal(script("data", "xnli", "--out", tmp_path / "data" / "xnli"))
     assert f"{server.url}: {code} {reason}" in sentence
     assert len(server.asked) == requests and not list((tmp_path / "data").rglob("*.*"))
@@ -600,13 +602,13 @@ def test_download_says_what_the_server_said(tmp_path, server, script, monkeypatc
 def test_no_server_is_one_sentence(tmp_path, server):
     url = server.url.replace(str(server.server_port), "1")
     with pytest.raises(UserError, match=rf"{url}: .*refused.*; the part is kept, run the command again to go on"):
-        data.download(url, tmp_path / "set.zip")
+        convert.download(url, tmp_path / "set.zip")
 
 
 def test_massive_downloads_once_beside_the_data_set(tmp_path, server, script, monkeypatch):
     path = write_massive(tmp_path / "made", massive_members())
     server.body = path.read_bytes()
-    monkeypatch.setattr(data, "MASSIVE_URL", server.url.replace("set.zip", path.name))
+    monkeypatch.setattr(convert, "MASSIVE_URL", server.url.replace("set.zip", path.name))
     for _ in range(2):
         assert script("data", "massive", "--out", tmp_path / "data" / "massive", "--languages", "en")[0] == 0
     assert server.asked == [None] and (tmp_path / "data" / "archives" / path.name).read_bytes() == server.body
@@ -853,8 +855,8 @@ def test_real_xnli(real_xnli):
     for language in LANGUAGES:
         assert rows[f"dev.{language}.tsv"] == [[row["sentence1"], row["sentence2"], row["gold_label"]]
                                                for row in source if row["language"] == language]
-        assert Counter(row[-1] for row in rows[f"test.{language}.tsv"]) == dict.fromkeys(data.XNLI_LABELS, 1_670)
-    assert {row[-1] for row in rows["train.en.tsv"]} == set(data.XNLI_LABELS)
+        assert Counter(row[-1] for row in rows[f"test.{language}.tsv"]) == dict.fromkeys(convert.XNLI_LABELS, 1_670)
+    assert {row[-1] for row in rows["train.en.tsv"]} == set(convert.XNLI_LABELS)
 
 
 @needs_archives
@@ -883,7 +885,7 @@ def test_real_massive(tmp_path, script):
 @needs_archives
 def test_padding_stays_under_a_tenth_on_multinli(real_xnli):
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "bert-base-multilingual-uncased")
-    rows = data.take(data.read_split(real_xnli, "train", "en", data.XNLI_LABELS), 20_000)
+    rows = data.take(data.read_split(real_xnli, "train", "en", convert.XNLI_LABELS), 20_000)
     encoded = data.encode(tokenizer, rows)
     tokens = 0
     for batch in data.train_batches(encoded.lengths, 32, seed=0, epoch=1):

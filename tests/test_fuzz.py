@@ -17,6 +17,7 @@ from conftest import make_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import convert
 import data
 import evaluate
 import extract
@@ -112,7 +113,7 @@ def world(model_folder, tmp_path_factory):
 def test_data_sets(draw, world, model_folder):
     path = world / "data" / draw.draw(st.sampled_from(["labels.txt", "train.en.tsv", "dev.de.tsv", "test.en.tsv"]))
     with swapped(path, draw.draw(broken(path.read_bytes()))):
-        answers(lambda: data.check(world / "data", model_folder))
+        answers(lambda: convert.check(world / "data", model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,8 @@ def archives(tmp_path_factory):
             info = tarfile.TarInfo(f"1.0/data/{code}.jsonl")
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
-    data.read_xnli(folder / "xnli.zip", folder / "mt.zip", ["en", "de"], ["en"])  # they are good as they are
-    data.read_massive(folder / "massive.tar.gz", ["en", "de"], ["en"], 0, False, 0)
+    convert.read_xnli(folder / "xnli.zip", folder / "mt.zip", ["en", "de"], ["en"])  # they are good as they are
+    convert.read_massive(folder / "massive.tar.gz", ["en", "de"], ["en"], 0, False, 0)
     return folder
 
 
@@ -143,9 +144,9 @@ def test_archives(draw, archives):
     path = archives / draw.draw(st.sampled_from(["mt.zip", "xnli.zip", "massive.tar.gz"]))
     with swapped(path, draw.draw(broken(path.read_bytes()))):
         if path.name == "massive.tar.gz":
-            answers(lambda: data.read_massive(path, ["en", "de"], ["en"], 0, False, 0))
+            answers(lambda: convert.read_massive(path, ["en", "de"], ["en"], 0, False, 0))
         else:
-            answers(lambda: data.read_xnli(archives / "xnli.zip", archives / "mt.zip", ["en", "de"], ["en"]))
+            answers(lambda: convert.read_xnli(archives / "xnli.zip", archives / "mt.zip", ["en", "de"], ["en"]))
 
 
 @cases(60)

@@ -12,9 +12,9 @@ from scipy.stats import spearmanr
 from sklearn.metrics import confusion_matrix, f1_score
 
 import grid_search
+from device import keep_mask
 from files import UserError
 from grid_search import confusion_matrices, train_models
-from model import keep_mask
 from ranking import Results, choices, macro_f1, micro_f1, rank as best_first
 
 CPU = torch.device("cpu")

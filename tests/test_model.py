@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertForSequenceClassification, DebertaV2Config, DebertaV2Model
 from transformers.models.bert import modeling_bert
 
-import model as model_module
+import device
 from conftest import make_model, make_tokenizer
 from data import Encoded
+from device import Dropout, attention, out_of_memory, pick_precision, random_bits
 from files import UserError
-from model import (POOLINGS, Classifier, Dropout, attention, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
-                   keep_tokens, load_encoder, load_model, load_tokenizer, model_identity, out_of_memory, pick_precision, pool, predict,
-                   random_bits, save_model, token_limit, whole_state)
+from model import (POOLINGS, Classifier, blocks, check_layers, cut_after, drop_pooler, freeze_layers, hidden_states,
+                   keep_tokens, load_encoder, load_model, load_tokenizer, model_identity, pool, predict, save_model,
+                   token_limit, whole_state)
 
 FAMILIES = ["bert", "xlm-roberta", "distilbert", "deberta"]
 BLOCKS, HIDDEN = 5, 36
@@ -144,7 +145,7 @@ def test_attention_and_its_gradient_are_those_of_transformers(dropout, dtype, at
         (output.transpose(1, 2) * factor).float().sum().backward()
         return [output, *(x.grad for x in inputs)]
 
-    monkeypatch.setattr(model_module, "keep_mask", lambda *a: kept.setdefault("mask", torch.rand(2, 3, 7, 7, generator=random) >= 0.25))
+    monkeypatch.setattr(device, "keep_mask", lambda *a: kept.setdefault("mask", torch.rand(2, 3, 7, 7, generator=random) >= 0.25))
     mine = results(attention)
     monkeypatch.setattr(modeling_bert.nn.functional, "dropout", same_dropout)
     for a, b in zip(mine, results(modeling_bert.eager_attention_forward)):
