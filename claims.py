@@ -1,7 +1,7 @@
 """The paper's eight conclusions, each tested: fine-tune what must be compared, and say what the difference is worth.
 
     make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli
-    python claims.py --model sample/model --data sample/nli --out claims/sample --seeds 3 --lr 5e-4
+    python claims.py --model sample/model --data sample/nli --out claims/nli --seeds 3 --lr 5e-4
 
 Reads   the encoder and a data set folder; with --grid a grid folder of grid_search.py, for what phase 1 says.
 Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a second one trains nothing),
@@ -17,7 +17,8 @@ import numpy as np
 import train
 from data import check_rows, read_labels, read_split, split_languages
 from evaluate import run_logits
-from files import UserError, cli, markdown_table, write_atomic, write_json
+from files import UserError, cli, in_range, markdown_table, write_atomic, write_json
+from model import POOLINGS
 from ranking import foreign, read_grid
 from runs import paper_order, read_run
 from significance import bootstrap_difference, premise_clusters
@@ -162,22 +163,20 @@ def parse_args(argv):
     parser.add_argument("--controls", action="store_true",
                         help="also freeze at other epochs, other layers, or none but slower; and pool random layers")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each system (default: 3)")
-    parser.add_argument("--epochs", type=int, default=5,
+    parser.add_argument("--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)")
+    parser.add_argument("--epochs", type=in_range(int, 1), default=5,
                         help="passes over the train rows; twice as many for conclusion 1 (default: 5)")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
-    parser.add_argument("--pooling", choices=["max", "mean", "cls"], default="max", help="(default: max)")
+    parser.add_argument("--pooling", choices=POOLINGS, default="max", help="(default: max)")
     parser.add_argument("--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)")
     parser.add_argument("--freeze-epoch", default="2", help="(default: 2)")
-    parser.add_argument("--hidden", type=int, default=256, help="units of the deeper classifier (default: 256)")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: 10000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows an optimizer step (default: 32)")
+    parser.add_argument("--hidden", type=in_range(int, 1), default=256,
+                        help="units of the deeper classifier (default: 256)")
+    parser.add_argument("--resamples", type=in_range(int, 1), default=10_000, help="of the bootstrap (default: 10000)")
+    parser.add_argument("--batch-size", type=in_range(int, 1), default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
         parser.error("--seed: each system is trained with seeds 0, 1, ...; --seeds says how many")
-    for name in ("seeds", "epochs", "hidden", "resamples"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
     if args.freeze_epoch != "auto" and not (args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs):
         parser.error(f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), or auto")
     return args, more

@@ -1,6 +1,6 @@
 """Make data set folders: fetch the published archives, convert them, and check what a folder holds.
 
-These are the commands of data.py, kept apart from what the other scripts read:
+The commands of data.py, which runs this file; kept apart from what the other scripts read.
 
     python data.py xnli    --out data/xnli                  # MultiNLI in English to train, XNLI to test
     python data.py massive --out data/massive --intents 4   # the stand-in for the paper's in-house intents
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (SPLITS, Rows, encode, label_index, read_labels, read_split, split_languages, table_lines, text_lines,
                   write_table)
-from files import UserError, sha256, write_atomic, write_json
+from files import UserError, in_range, sha256, write_atomic, write_json
 
 XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip"
 XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
@@ -301,35 +301,40 @@ def check(folder, model=None, max_length=128):
     return int(bool(wrong))
 
 
+def language_code(text):
+    """A type for argparse: two lower-case letters."""
+    if not re.fullmatch("[a-z]{2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a two-letter code")
+    return text
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, languages in (("xnli", "en zh es de ar ur"), ("massive", "en de es fr zh")):
+    for name, languages, form in (("xnli", "en zh es de ar ur", {"choices": XNLI_LANGUAGES}),
+                                  ("massive", "en de es fr zh", {"type": language_code})):
         command = commands.add_parser(name, help=f"fetch and convert {name}")
         command.add_argument("--out", required=True, help="data set folder to write")
         command.add_argument("--archives", metavar="DIR",
                              help="folder that holds the archives (default: download them)")
-        command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG",
+        command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG", **form,
                              help=f"languages of dev and test, two-letter codes (default: {languages})")
-        command.add_argument("--train-languages", nargs="+", default=["en"], metavar="LANG",
+        command.add_argument("--train-languages", nargs="+", default=["en"], metavar="LANG", **form,
                              help="languages of train (default: en); others are for Translate-Train, not zero-shot")
-    command.add_argument("--intents", type=int, default=4,
-                         help="keep the N most frequent intents of English train (default: 4; 0: all 60)")
-    command.add_argument("--balance", action="store_true",
-                         help="repeat train rows of the smaller classes until all are equal, as the paper did")
-    command.add_argument("--seed", type=int, default=0, help="for --balance (default: 0)")
+        if name == "massive":
+            command.add_argument("--intents", type=in_range(int, 0), default=4,
+                                 help="keep the N most frequent intents of English train (default: 4; 0: all 60)")
+            command.add_argument("--balance", action="store_true",
+                                 help="repeat train rows of the smaller classes until all are equal, as the paper did")
+            command.add_argument("--seed", type=in_range(int, 0), default=0, help="for --balance (default: 0)")
     command = commands.add_parser("check", help="print what a data set folder holds and what is odd about it")
     command.add_argument("folder", help="data set folder")
     command.add_argument("--model", help="model whose tokenizer to count tokens with (hub name or folder)")
-    command.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
+    command.add_argument("--max-length", type=in_range(int, 1), default=128,
+                         help="tokens a row may have (default: 128)")
     args = parser.parse_args(argv)
-    if args.command != "check":
-        for language in args.languages + args.train_languages:
-            if not re.fullmatch("[a-z]{2}", language) or args.command == "xnli" and language not in XNLI_LANGUAGES:
-                parser.error(f"language {language!r}: expected "
-                             + (" ".join(XNLI_LANGUAGES) if args.command == "xnli" else "a two-letter code"))
-        if args.command == "massive" and (args.intents < 0 or args.intents == 1):
-            parser.error(f"--intents {args.intents}: expected 0 (all) or 2 and more")
+    if args.command == "massive" and args.intents == 1:
+        parser.error("--intents 1: expected 0 (all) or 2 and more")
     return args
 
 

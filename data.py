@@ -273,7 +273,7 @@ def collate(encoded, rows, pad_id, limit=None, multiple=8):
 
 
 def main(argv=None):
-    import convert  # which reads this file
+    import convert  # not at the top: it imports this file
     return convert.main(argv)
 
 

@@ -15,8 +15,12 @@ import torch.nn as nn
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.utils import logging as transformers_logging
 
 from files import UserError, first_line
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 # --- device and precision ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
 Reads   RUN/run.json, RUN/metrics.jsonl, RUN/epochs/K/ and DATA/SPLIT.*.tsv.
 Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npy, the logits, which a
-        second call reads instead of the model.
+        second call reads instead of the model, and origins.json, which data they are of. With --input: --predictions.
 Paper   sections 1.5 and 1.7, Table 1.
 """
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take, write_table
 from device import out_of_memory, pick_device, pick_precision
-from files import UserError, cli, load_array, markdown_table, read_json, sha256, write_atomic, write_json
+from files import UserError, cli, in_range, load_array, markdown_table, read_json, sha256, write_atomic, write_json
 from model import load_model, predict, token_limit
 from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
 from significance import bootstrap_difference, holm, mcnemar, premise_clusters, spread
@@ -287,17 +287,18 @@ def parse_args(argv):
                              "the mean of the other languages' dev (joint), for each language on its own dev (oracle); "
                              "on the mean of the non-English test sets (test: the paper's own way; its accuracies are "
                              "too high by the choice; needs train.py --track-test); or a number")
-    parser.add_argument("--batch-size", type=int, default=64,
+    parser.add_argument("--batch-size", type=in_range(int, 1), default=64,
                         help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
     group.add_argument("--data", help="data set folder")
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
     group.add_argument("--out", help="folder for results.json and results.md")
-    group.add_argument("--max-rows", type=int, metavar="N",
+    group.add_argument("--max-rows", type=in_range(int, 1), metavar="N",
                        help="evaluate on N rows of each file, spread evenly (default: all)")
     group.add_argument("--baseline", metavar="NAME",
                        help="system to compare the others with (default: the first run's)")
-    group.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default: 10000)")
+    group.add_argument("--resamples", type=in_range(int, 1), default=10_000, metavar="N",
+                       help="of the bootstrap (default: 10000)")
     group = parser.add_argument_group("your own text, with one run")
     group.add_argument("--input", metavar="TSV",
                        help="file with a header text or text_a, text_b, and label where it is known")
@@ -312,9 +313,6 @@ def parse_args(argv):
         parser.error("--input needs --predictions, exactly one run, and another --epoch than oracle")
     if args.input is not None and (args.data or args.out or args.max_rows or args.baseline):
         parser.error("--input labels your own text: leave out --data, --out, --max-rows and --baseline")
-    for name in ("batch_size", "max_rows", "resamples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     return args
 
 

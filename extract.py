@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
 from device import agree, autocast, out_of_memory, pick_device, pick_precision, start_processes, to_device, versions
-from files import UserError, claim, cli, finish_folder, load_array, progress_bar, start_folder, write_atomic
+from files import UserError, claim, cli, finish_folder, in_range, load_array, progress_bar, start_folder, write_atomic
 from model import (POOLINGS, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity, pool,
                    token_limit)
 
@@ -105,12 +105,9 @@ def parse_args(argv):
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
     group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
-    group.add_argument("--batch-size", type=int, default=64,
+    group.add_argument("--batch-size", type=in_range(int, 1), default=64,
                        help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: expected 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

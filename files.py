@@ -1,11 +1,13 @@
-"""What all scripts do with files: write them whole or not at all, go on after a stop, say in a sentence what is wrong.
+"""What all scripts share: files written whole or not at all, going on after a stop, saying in a sentence what is wrong.
 
 Read by the scripts, run by none.
 """
+import argparse
 import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -42,6 +44,21 @@ def cli(main):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
+
+
+def in_range(kind, low=-math.inf, above=-math.inf, below=None):
+    """A type for argparse: an int or a float that is `low` or more, more than `above` and less than `below`."""
+    expected = " and ".join([f"{low} or more"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf)
+                            + [f"less than {below}"] * (below is not None))
+
+    def parse(text):
+        value = kind(text)
+        if not (value >= low and value > above and (below is None or value < below)):  # nan fits nothing
+            raise argparse.ArgumentTypeError(f"{text}, expected {expected}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says it when the text is no number
+    return parse
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ Paper   sections 1.1 (phase one) and 1.5. 255 combinations of layers 5..12, 3 po
 All models of one pooling train together. With L layers, the M = 2^L subsets are numbered in binary: model m has layer l
 if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in one matrix,
 so that a step is L matrix products, whatever M is, and no product is spent on a layer that a model does not use.
+Letters as in model.py; K is what a product puts out: H hidden units, or the C classes where there is no hidden layer.
 """
 import argparse
 import time
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 
 from device import agree, keep_mask, out_of_memory, pick_device, pick_precision, start_processes, versions
-from files import (UserError, claim, cli, finish_folder, load_array, progress_bar, read_json, sha256, start_folder,
-                   write_atomic)
+from files import (UserError, claim, cli, finish_folder, in_range, load_array, progress_bar, read_json, sha256,
+                   start_folder, write_atomic)
 from model import POOLINGS, check_layers
 from ranking import Results, columns_of, write_grid
 
@@ -40,9 +41,9 @@ def half(full, layer):
 def initial_weights(generators, layers, size, classes, hidden, dtype, device):
     """The first weights of all models, from each seed's generator; nn.Linear's uniform distribution.
 
-    All models of a seed begin from the same draw, scaled by their own number of inputs. Returns the list of L weights
-    (S, D, K * M/2), the bias (S, K, M) and, with a hidden layer, its weights (S, H, C) and bias (S, C, 1), shared draws
-    but one copy for each model: (S, H, C, M), (S, C, M).
+    All models of a seed begin from the same draw, scaled by their own number of inputs. Returns the L weights
+    (S, D, K * M/2); and a list: the bias (S, K, M) and, with a hidden layer, the next one's weights (S, H, C, M) and
+    bias (S, C, M).
     """
     models, units = 2 ** layers, hidden or classes
 
@@ -190,30 +191,26 @@ def parse_args(argv):
                        help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)")
     group.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS),
                        help="(default: max mean cls)")
-    group.add_argument("--seeds", type=int, default=5, help="models of each combination (default: 5)")
+    group.add_argument("--seeds", type=in_range(int, 1), default=5, help="models of each combination (default: 5)")
     group.add_argument("--select", choices=["joint", "en", "test"], default="joint",
                        help="rank by the mean of the non-English dev sets (default), by English dev (true zero-shot), "
                             "or by the mean of the non-English test sets, as the paper did: its scores are then too "
                             "high by the choice")
     group = parser.add_argument_group("each classifier")
-    group.add_argument("--hidden", type=int, default=0, help="units of a hidden layer (default: 0: none)")
-    group.add_argument("--epochs", type=int, default=20, help="passes over the train rows (default: 20)")
-    group.add_argument("--batch-size", type=int, default=128, help="rows a step (default: 128)")
-    group.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 1e-3)")
-    group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
+    group.add_argument("--hidden", type=in_range(int, 0), default=0, help="units of a hidden layer (default: 0: none)")
+    group.add_argument("--epochs", type=in_range(int, 1), default=20, help="passes over the train rows (default: 20)")
+    group.add_argument("--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)")
+    group.add_argument("--lr", type=in_range(float, above=0), default=1e-3, help="Adam's learning rate (default: 1e-3)")
+    group.add_argument("--dropout", type=in_range(float, 0, below=1), default=0.1,
+                       help="on the classifier's input (default: 0.1)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it)")
     args = parser.parse_args(argv)
-    for name, lowest in (("seeds", 1), ("hidden", 0), ("epochs", 1), ("batch_size", 1)):
-        if getattr(args, name) < lowest:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
     if len(set(args.poolings)) < len(args.poolings):
         parser.error(f"--poolings {' '.join(args.poolings)}: a pooling is named twice")
     if len(args.layers) > 14:
         parser.error(f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
                      "name 14 at most")
-    if not 0 <= args.dropout < 1 or not args.lr > 0:
-        parser.error(f"--dropout {args.dropout} --lr {args.lr}: expected 0 <= dropout < 1 and lr > 0")
     return args
 
 

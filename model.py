@@ -1,4 +1,4 @@
-"""The model: a multilingual encoder cut at a layer, pooling, the classifier, freezing; loading and saving.
+"""The model: a multilingual encoder cut at a layer, pooling, the classifier, freezing; loading, saving, predicting.
 
 Read by the scripts, run by none. Paper: section 1.4 and Figure 4.
 
@@ -19,16 +19,12 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from data import collate, sorted_batches
 from device import Dropout, autocast, start_processes, to_device
 from files import UserError, first_line, read_json, sha256, write_json
 
 POOLINGS = ("max", "mean", "cls")
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
 # --- the encoder, its blocks, and freezing -----------------------------------------------------------------------
@@ -66,13 +62,18 @@ def cut_after(encoder, layer):
     encoder.config.num_hidden_layers = layer  # DistilBERT's n_layers is an alias of it
 
 
+def layer_parameters(encoder, layers):
+    """The parameters of these layers; those above the cut have none."""
+    return [parameter for layer in layers if layer <= len(blocks(encoder))
+            for parameter in layer_module(encoder, layer).parameters()]
+
+
 def freeze_layers(encoder, layers):
     """Stop training exactly these layers (paper section 1.6): requires_grad off and the gradient gone.
 
-    Dropout in them stays on, as in the paper. Returns the parameters frozen now; layers above the cut have none.
+    Dropout in them stays on, as in the paper. Returns the parameters frozen now.
     """
-    frozen = [parameter for layer in layers if layer <= len(blocks(encoder))
-              for parameter in layer_module(encoder, layer).parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in layer_parameters(encoder, layers) if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad, parameter.grad = False, None
     return frozen
@@ -198,7 +199,7 @@ def load_encoder(name):
         raise UserError(f"{str(name)!r} lacks weights of {type(encoder).__name__}: {(missing or ['wrong shapes'])[0]}")
     pretrained_pooler = getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
     if not torch.cuda.is_available():
-        encoder.set_attn_implementation("cpu")  # DeBERTa, whose attention is its own, stays as it is
+        encoder.set_attn_implementation("cpu")  # device.attention(); DeBERTa, which has its own, stays as it is
     return encoder, pretrained_pooler
 
 
@@ -264,7 +265,7 @@ def load_model(folder):
         if settings["head"] not in ("layers", "pooler") or settings["pooling"] not in POOLINGS:
             raise UserError(f"head {settings['head']!r}, pooling {settings['pooling']!r}: unknown")
         check_layers(settings["layers"], len(blocks(encoder)), "layers")
-        model = Classifier(encoder, **{key: settings.pop(key) for key in list(settings)})
+        model = Classifier(encoder, **settings)
         missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)
         wrong = unexpected + [key for key in missing if not key.startswith("encoder.")]
     except Exception as error:

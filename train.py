@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from data import collate, encode_split, fingerprint, read_labels, split_languages, split_path, train_batches
 from device import agree, autocast, out_of_memory, pick_device, pick_precision, start_processes, to_device, versions
-from files import UserError, claim, cli, finish_folder, progress_bar, read_json, start_folder, write_atomic
+from files import UserError, claim, cli, finish_folder, in_range, progress_bar, read_json, start_folder, write_atomic
 from model import (POOLINGS, Classifier, blocks, check_layers, cut_after, drop_pooler, freeze_layers, keep_tokens,
-                   layer_module, load_encoder, load_tokenizer, model_identity, predict, save_model, token_limit)
+                   layer_parameters, load_encoder, load_tokenizer, model_identity, predict, save_model, token_limit)
 
 
 # --- the pieces of a step ----------------------------------------------------------------------------------------
@@ -149,8 +149,7 @@ class State:
         The control of --freeze-lr: they go on instead, at that factor times the others' learning rate.
         """
         if self.freeze_lr:
-            slow = {id(p) for layer in layers if layer <= len(blocks(self.model.encoder))
-                    for p in layer_module(self.model.encoder, layer).parameters()}
+            slow = {id(parameter) for parameter in layer_parameters(self.model.encoder, layers)}
             for group in list(self.optimizer.param_groups):
                 chosen = [p for p in group["params"] if id(p) in slow]
                 group["params"] = [p for p in group["params"] if id(p) not in slow]
@@ -221,7 +220,8 @@ def draw_layers(number, count, seed, flag):
     """`number` different layers out of 1 to `count`, by `seed`. UserError when there are not so many."""
     if number > count:
         raise UserError(f"{flag} {number}: the model has layers 1 to {count}")
-    return sorted((1 + np.random.default_rng([seed, len(flag)]).permutation(count)[:number]).tolist())
+    random = np.random.default_rng([seed, {"--random-layers": 15, "--random-freeze": 16}[flag]])  # each has its own
+    return sorted((1 + random.permutation(count)[:number]).tolist())
 
 
 def build(name, labels, head, layers, random_layers, pooling, dropout, encoder_dropout, hidden, seed):
@@ -414,22 +414,25 @@ def parse_args(argv):
     group.add_argument("--track-test", action="store_true",
                        help="evaluate on the test sets too, as the paper's Figure 5 does, and keep the epoch that is "
                             "best on the non-English ones, for evaluate.py --epoch test; nothing else looks at them")
-    group.add_argument("--max-train-rows", type=int, metavar="N", help="train on N rows, spread evenly (default: all)")
-    group.add_argument("--max-eval-rows", type=int, metavar="N", help="evaluate on N rows of each file (default: all)")
+    group.add_argument("--max-train-rows", type=in_range(int, 1), metavar="N",
+                       help="train on N rows, spread evenly (default: all)")
+    group.add_argument("--max-eval-rows", type=in_range(int, 1), metavar="N",
+                       help="evaluate on N rows of each file (default: all)")
     group = parser.add_argument_group("the classifier")
     group.add_argument("--head", choices=["layers", "pooler"], default="layers",
                        help="pooled states of chosen layers (default), or BERT's own [CLS] pooler, the baseline")
     group.add_argument("--layers", type=int, nargs="+", metavar="K",
                        help="layers to pool, 0 is the embeddings (default: 6 8 11)")
     group.add_argument("--pooling", choices=POOLINGS, help="over the tokens (default: max)")
-    group.add_argument("--random-layers", type=int, metavar="N",
+    group.add_argument("--random-layers", type=in_range(int, 1), metavar="N",
                        help="a control: pool N layers drawn by --seed from all but the embeddings")
     group.add_argument("--layers-from", metavar="FILE",
                        help="take --layers and --pooling from the best.json of grid_search.py")
-    group.add_argument("--dropout", type=float, default=0.1, help="on the classifier's input (default: 0.1)")
-    group.add_argument("--encoder-dropout", type=float, metavar="P",
+    group.add_argument("--dropout", type=in_range(float, 0, below=1), default=0.1,
+                       help="on the classifier's input (default: 0.1)")
+    group.add_argument("--encoder-dropout", type=in_range(float, 0, below=1), metavar="P",
                        help="inside the encoder (default: what its configuration says)")
-    group.add_argument("--hidden", type=int, default=0,
+    group.add_argument("--hidden", type=in_range(int, 0), default=0,
                        help="units of a hidden layer in the classifier (default: 0: none)")
     group = parser.add_argument_group("freezing on the go")
     group.add_argument("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
@@ -440,40 +443,43 @@ def parse_args(argv):
                             "evaluation whose mean accuracy on the non-English dev sets falls below the best so far "
                             "(auto: that looks at labels in the target languages, so it is the joint protocol, not "
                             "zero-shot)")
-    group.add_argument("--random-freeze", type=int, metavar="N",
+    group.add_argument("--random-freeze", type=in_range(int, 1), metavar="N",
                        help="a control: instead of --freeze-layers, freeze N layers drawn by --seed")
-    group.add_argument("--freeze-lr", type=float, default=0.0, metavar="F",
+    group.add_argument("--freeze-lr", type=in_range(float, 0, below=1), default=0.0, metavar="F",
                        help="a control: instead of freezing, go on with those layers at F times the learning rate "
                             "(default: 0: freeze)")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=5, help="passes over the train rows (default: 5)")
-    group.add_argument("--lr", type=float, default=2e-5, help="Adam's highest learning rate (default: 2e-5)")
+    group.add_argument("--epochs", type=in_range(int, 1), default=5, help="passes over the train rows (default: 5)")
+    group.add_argument("--lr", type=in_range(float, above=0), default=2e-5,
+                       help="Adam's highest learning rate (default: 2e-5)")
     group.add_argument("--schedule", choices=["linear", "constant"], default="linear",
                        help="after 10 %% of the steps of linear warm-up: linear decay to 0 (default), or constant")
-    group.add_argument("--batch-size", type=int, default=32,
+    group.add_argument("--batch-size", type=in_range(int, 1), default=32,
                        help="rows an optimizer step, over all processes (default: 32)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+    group.add_argument("--accumulate", type=in_range(int, 1), default=1, metavar="N",
                        help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, on matrices alone (default: 0)")
-    group.add_argument("--clip", type=float, default=1.0, help="highest norm of the gradient (default: 1)")
+    group.add_argument("--weight-decay", type=in_range(float, 0), default=0.0,
+                       help="decoupled, on matrices alone (default: 0)")
+    group.add_argument("--clip", type=in_range(float, above=0), default=1.0,
+                       help="highest norm of the gradient (default: 1; inf: any)")
     group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
     group.add_argument("--compile", choices=["default", "reduce-overhead"],
                        help="run the model through torch.compile, once for all lengths; reduce-overhead: with CUDA "
                             "graphs (a GPU, no --accumulate)")
-    group.add_argument("--seed", type=int, default=0,
+    group.add_argument("--seed", type=in_range(int, 0, below=2 ** 32), default=0,
                        help="of the classifier's weights, row order and dropout (default: 0)")
     group = parser.add_argument_group("evaluating and saving")
-    group.add_argument("--eval-steps", type=int, default=0, metavar="N",
+    group.add_argument("--eval-steps", type=in_range(int, 0), default=0, metavar="N",
                        help="evaluate every N steps too, not only each epoch")
-    group.add_argument("--save-steps", type=int, default=0, metavar="N",
+    group.add_argument("--save-steps", type=in_range(int, 0), default=0, metavar="N",
                        help="save the state every N steps too (default: each epoch)")
-    group.add_argument("--keep-epochs", type=int, nargs="+", default=[], metavar="K",
+    group.add_argument("--keep-epochs", type=in_range(int, 1), nargs="+", default=[], metavar="K",
                        help="keep the models after these epochs too")
-    group.add_argument("--log-steps", type=int, default=50, metavar="N",
+    group.add_argument("--log-steps", type=in_range(int, 1), default=50, metavar="N",
                        help="log train loss every N steps (default: 50)")
-    group.add_argument("--eval-batch-size", type=int, default=64,
+    group.add_argument("--eval-batch-size", type=in_range(int, 1), default=64,
                        help="rows of 24 tokens at once in evaluation; of longer ones fewer, of shorter ones more "
                             "(default: 64)")
     args = parser.parse_args(argv)
@@ -483,7 +489,7 @@ def parse_args(argv):
 
 
 def check_args(args, parser):
-    """Refuse flags that do not fit together or are out of range; --freeze-epoch as a number, --layers-from read."""
+    """Refuse flags that do not fit together; --freeze-epoch as a number, --layers-from read."""
     if args.layers_from and (args.layers or args.pooling):
         parser.error("--layers-from gives the layers and the pooling: leave out --layers and --pooling")
     if args.random_layers and (args.layers or args.layers_from) or args.random_freeze and args.freeze_layers:
@@ -498,27 +504,13 @@ def check_args(args, parser):
         if not args.freeze_epoch.isdecimal():
             parser.error(f"--freeze-epoch {args.freeze_epoch}: expected a number of epochs, 0 or more, or auto")
         args.freeze_epoch = int(args.freeze_epoch)
-    for name, lowest in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_batch_size", 1), ("log_steps", 1),
-                         ("hidden", 0), ("eval_steps", 0), ("save_steps", 0), ("seed", 0), ("max_train_rows", 1),
-                         ("max_eval_rows", 1), ("random_layers", 1), ("random_freeze", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < lowest:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {lowest} or more")
-    if args.seed >= 2 ** 32 or any(not 1 <= epoch <= args.epochs for epoch in args.keep_epochs):
-        parser.error(f"--seed {args.seed}, --keep-epochs {' '.join(map(str, args.keep_epochs))}: "
-                     f"expected a seed below 2^32, and epochs from 1 to {args.epochs}")
+    if any(epoch > args.epochs for epoch in args.keep_epochs):
+        parser.error(f"--keep-epochs {' '.join(map(str, args.keep_epochs))}: expected epochs from 1 to {args.epochs}")
     if isinstance(args.freeze_epoch, int) and args.freeze_epoch >= args.epochs:
         parser.error(f"--freeze-epoch {args.freeze_epoch}: of {args.epochs} epochs, so nothing would ever be frozen; "
                      f"expected 0 to {args.epochs - 1}, or auto")
-    if args.freeze_lr and args.freeze_epoch is None or not 0 <= args.freeze_lr < 1:
-        parser.error(f"--freeze-lr {args.freeze_lr}: expected a factor from 0 to 1, "
-                     "with layers to freeze and --freeze-epoch")
-    for name, fits, allowed in (("dropout", lambda v: 0 <= v < 1, "0 <= --dropout < 1"),
-                                ("lr", lambda v: v > 0, "--lr > 0"),
-                                ("encoder_dropout", lambda v: 0 <= v < 1, "0 <= --encoder-dropout < 1"),
-                                ("clip", lambda v: v > 0, "--clip > 0"),
-                                ("weight_decay", lambda v: v >= 0, "--weight-decay >= 0")):
-        if getattr(args, name) is not None and not fits(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {allowed}")
+    if args.freeze_lr and args.freeze_epoch is None:
+        parser.error(f"--freeze-lr {args.freeze_lr}: needs layers to freeze and --freeze-epoch")
     if args.compile == "reduce-overhead" and (args.accumulate > 1 or not torch.cuda.is_available()):
         parser.error("--compile reduce-overhead needs a GPU, and --accumulate 1: a CUDA graph's gradients are its own")
     if args.layers_from:
@@ -529,11 +521,11 @@ def check_args(args, parser):
                             f"got {args.layers!r} and {args.pooling!r}")
 
 
-def read_tokens(encoder, tokenizer, identity, labels, keys, args):
+def read_tokens(encoder, tokenizer, identity, folder, labels, keys, max_length, train_rows, eval_rows):
     """The token ids of each (split, language) in `keys`, {key: Encoded}; the encoder keeps the word pieces in them."""
     tokens = {(split, language): encode_split(
-                  tokenizer, identity, args.data, split, language, labels, args.max_length,
-                  args.max_train_rows if split == "train" else args.max_eval_rows) for split, language in keys}
+                  tokenizer, identity, folder, split, language, labels, max_length,
+                  train_rows if split == "train" else eval_rows) for split, language in keys}
     tokenizer.backend_tokenizer.no_truncation()  # tokenising leaves it on, kept token ids do not: save it alike
     used = np.unique(np.concatenate([np.unique(part.ids) for part in tokens.values()]))
     new_ids = keep_tokens(encoder, used, tokenizer.pad_token_id)
@@ -571,8 +563,9 @@ def main(argv=None):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
-        tokens = read_tokens(model.encoder, tokenizer, description["tokenizer"], labels,
-                             [("train", args.train_language), *sets], args)
+        tokens = read_tokens(model.encoder, tokenizer, description["tokenizer"], args.data, labels,
+                             [("train", args.train_language), *sets], args.max_length, args.max_train_rows,
+                             args.max_eval_rows)
         state = State(model.to(device), args.weight_decay, dtype, args.freeze_lr)
         if args.compile:
             model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from data import encode, fingerprint, read_labels, read_split, split_languages
 from device import autocast, pick_device, pick_precision, versions
-from files import UserError, cli, progress_bar, write_atomic, write_json
+from files import UserError, cli, in_range, progress_bar, write_atomic, write_json
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -100,30 +100,28 @@ def parse_args(argv):
     parser.add_argument("--split", default="train", help="which files (default: train)")
     parser.add_argument("--vocab", required=True, help="vocab.txt; trained on DATA and written when it does not exist")
     parser.add_argument("--out", required=True, help="model folder to write")
-    parser.add_argument("--vocab-size", type=int, default=6000, help="word pieces of a new vocabulary (default: 6000)")
-    parser.add_argument("--hidden-size", type=int, default=96, help="(default: 96)")
-    parser.add_argument("--blocks", type=int, default=12, help="(default: 12)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads (default: 4)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: 3000)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a step, padding included (default: 4096)")
+    parser.add_argument("--vocab-size", type=in_range(int, 1), default=6000,
+                        help="word pieces of a new vocabulary (default: 6000)")
+    parser.add_argument("--hidden-size", type=in_range(int, 1), default=96, help="(default: 96)")
+    parser.add_argument("--blocks", type=in_range(int, 1), default=12, help="(default: 12)")
+    parser.add_argument("--heads", type=in_range(int, 1), default=4, help="attention heads (default: 4)")
+    parser.add_argument("--steps", type=in_range(int, 1), default=3000, help="optimizer steps (default: 3000)")
+    parser.add_argument("--tokens", type=in_range(int, 1), default=4096,
+                        help="tokens a step, padding included (default: 4096)")
     parser.add_argument("--pairs", type=float, default=0.8,
                         help="share of examples that are translation pairs (default: 0.8)")
-    parser.add_argument("--mask-rate", type=float, default=0.4,
+    parser.add_argument("--mask-rate", type=in_range(float, above=0, below=1), default=0.4,
                         help="share of tokens predicted: high, so that a translation has to be read (default: 0.4)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (default: 2e-3)")
-    parser.add_argument("--max-length", type=int, default=128, help="positions of the model, in tokens (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--lr", type=in_range(float, above=0), default=2e-3,
+                        help="AdamW's highest learning rate (default: 2e-3)")
+    parser.add_argument("--max-length", type=in_range(int, 3), default=128,
+                        help="positions of the model, in tokens (default: 128)")
+    parser.add_argument("--seed", type=in_range(int, 0), default=0, help="(default: 0)")
     args = parser.parse_args(argv)
-    for name in ("vocab_size", "hidden_size", "blocks", "heads", "steps", "tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     if args.hidden_size % args.heads:
         parser.error(f"--heads {args.heads}: does not divide --hidden-size {args.hidden_size}")
-    if args.max_length < 3 or args.seed < 0 or args.lr <= 0:
-        parser.error(f"--max-length {args.max_length} --seed {args.seed} --lr {args.lr}: "
-                     "expected 3 or more, 0 or more, above 0")
-    if not 0 <= args.pairs <= 1 or not 0 < args.mask_rate < 1:
-        parser.error(f"--pairs {args.pairs} --mask-rate {args.mask_rate}: expected shares of 1")
+    if not 0 <= args.pairs <= 1:
+        parser.error(f"--pairs {args.pairs}: expected 0 to 1")
     return args
 
 

@@ -64,7 +64,7 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(data_folder
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--resamples 0", "--resamples 0: expected 1 or more"), ("--hidden 0", "--hidden 0: expected 1 or more"),
+    ("--resamples 0", "--resamples: 0, expected 1 or more"), ("--hidden 0", "--hidden: 0, expected 1 or more"),
     ("--seed 3", "--seeds says how many"), ("--seed=3", "--seed: each system"),
     ("--freeze-epoch 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs), or auto"), ("--freeze-epoch x", "or auto")])
 def test_bad_flags_are_said_before_anything_is_trained(flags, message, script, tmp_path):

@@ -254,10 +254,12 @@ def read_xnli(folder):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["xnli", "--languages", "en", "xx"], "language 'xx': expected ar bg de"),
-    (["xnli", "--train-languages", "english"], "language 'english': expected ar bg de"),
-    (["massive", "--languages", "de-DE"], "language 'de-DE': expected a two-letter code"),
+    (["xnli", "--languages", "en", "xx"], "--languages: invalid choice: 'xx' (choose from "),
+    (["xnli", "--train-languages", "english"], "--train-languages: invalid choice: 'english' (choose from "),
+    (["massive", "--languages", "de-DE"], "--languages: 'de-DE', expected a two-letter code"),
     (["massive", "--intents", "1"], "--intents 1: expected 0 (all) or 2 and more"),
+    (["massive", "--intents", "-1"], "--intents: -1, expected 0 or more"),
+    (["massive", "--balance", "--seed", "-1"], "--seed: -1, expected 0 or more"),
 ])
 def test_wrong_flags(tmp_path, script, arguments, message):
     status, _, err = script("data", *arguments, "--out", tmp_path / "set", "--archives", tmp_path)

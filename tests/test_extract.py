@@ -294,7 +294,7 @@ def test_bad_input_is_one_sentence_and_makes_no_folder(run, folders, data, tmp_p
     refused(run(model=tmp_path / "nowhere"), f"no tokenizer can be loaded from '{tmp_path / 'nowhere'}'")
     refused(run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions this encoder has")
     refused(run("--max-length", 2), "--max-length 2: expected 3 to 64")
-    refused(run("--batch-size", 0), "--batch-size 0: expected 1 or more")
+    refused(run("--batch-size", 0), "--batch-size: 0, expected 1 or more")
     assert not (tmp_path / "out").exists()
 
 

@@ -118,8 +118,9 @@ def test_a_vocabulary_is_trained_where_there_is_none(parallel, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--heads 5", "--heads 5: does not divide --hidden-size 96"), ("--steps 0", "--steps 0: expected 1 or more"),
-    ("--pairs 1.5", "--pairs 1.5"), ("--mask-rate 0", "--mask-rate 0.0"), ("--lr 0", "--lr 0.0")])
+    ("--heads 5", "--heads 5: does not divide --hidden-size 96"), ("--steps 0", "--steps: 0, expected 1 or more"),
+    ("--pairs 1.5", "--pairs 1.5"), ("--mask-rate 0", "--mask-rate: 0, expected more than 0 and less than 1"),
+    ("--lr 0", "--lr: 0, expected more than 0")])
 def test_bad_flags(flags, message, script, tmp_path):
     status, _, error = script("pretrain", "--data", "d", "--vocab", "v", "--out", tmp_path / "out", *flags.split())
     assert status == 2 and message in error and not (tmp_path / "out").exists()

@@ -705,6 +705,7 @@ def test_random_layers_are_drawn_by_the_seed(model_folder, data_folder, tmp_path
         drawn += [tuple(pooled), tuple(frozen)]
     assert len(set(drawn)) > 2
     assert drawn[:2] == [tuple(train.draw_layers(2, 5, 0, flag)) for flag in ("--random-layers", "--random-freeze")]
+    assert any(pooled != frozen for pooled, frozen in zip(drawn[::2], drawn[1::2])), "both flags draw the same"
 
 
 def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(model_folder, data_folder, tmp_path, monkeypatch):
@@ -843,7 +844,7 @@ def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, t
     ("--freeze-layers 1 --freeze-epoch soon", "--freeze-epoch soon: expected a number of epochs, 0 or more, or auto"),
     ("--freeze-layers 1 --freeze-epoch -1", "--freeze-epoch"),
     ("--freeze-layers 1 --freeze-epoch 5", "--freeze-epoch 5: of 5 epochs, so nothing would ever be frozen; expected 0 to 4"),
-    ("--random-layers 0", "--random-layers 0: expected 1 or more"), ("--random-layers 2 --layers 1", "leave out --layers"),
+    ("--random-layers 0", "--random-layers: 0, expected 1 or more"), ("--random-layers 2 --layers 1", "leave out --layers"),
     ("--random-freeze 2", "need each other"), ("--head pooler --random-layers 2", "--head pooler"),
     ("--random-freeze 2 --freeze-layers 1 --freeze-epoch 1", "--random-freeze draw the layers: leave out"),
     ("--head pooler --layers 1", "--head pooler reads [CLS] of the last layer: leave out --layers"),
@@ -851,16 +852,18 @@ def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, t
     ("--head pooler --layers-from x", "--head pooler"),
     ("--layers-from x --layers 1", "--layers-from gives the layers and the pooling: leave out --layers"),
     ("--layers-from x --pooling cls", "--layers-from gives"),
-    ("--epochs 0", "--epochs 0: expected 1 or more"), ("--batch-size -3", "--batch-size -3: expected 1 or more"),
-    ("--accumulate 0", "--accumulate 0: expected 1 or more"), ("--eval-batch-size 0", "--eval-batch-size 0: expected 1 or more"),
-    ("--log-steps 0", "--log-steps 0: expected 1 or more"), ("--hidden -1", "--hidden -1: expected 0 or more"),
-    ("--eval-steps -1", "--eval-steps -1: expected 0 or more"), ("--save-steps -1", "--save-steps -1: expected 0 or more"),
-    ("--seed -1", "--seed -1: expected 0 or more"), ("--seed 4294967296", "expected a seed below 2^32"),
-    ("--keep-epochs 5 6", "--keep-epochs 5 6: expected a seed below 2^32, and epochs from 1 to 5"), ("--keep-epochs 0", "from 1 to 5"),
-    ("--compile reduce-overhead", "--compile reduce-overhead needs a GPU"), ("--max-train-rows 0", "--max-train-rows 0: expected 1 or more"),
-    ("--max-eval-rows 0", "--max-eval-rows 0: expected 1 or more"), ("--dropout 1", "0 <= --dropout < 1"),
-    ("--dropout nan", "0 <= --dropout < 1"),
-    ("--lr 0", "--lr > 0"), ("--lr nan", "--lr > 0"), ("--clip 0", "--clip > 0"), ("--weight-decay -1", "--weight-decay >= 0"),
+    ("--epochs 0", "--epochs: 0, expected 1 or more"), ("--batch-size -3", "--batch-size: -3, expected 1 or more"),
+    ("--accumulate 0", "--accumulate: 0, expected 1 or more"), ("--eval-batch-size 0", "--eval-batch-size: 0, expected 1 or more"),
+    ("--log-steps 0", "--log-steps: 0, expected 1 or more"), ("--hidden -1", "--hidden: -1, expected 0 or more"),
+    ("--eval-steps -1", "--eval-steps: -1, expected 0 or more"), ("--save-steps -1", "--save-steps: -1, expected 0 or more"),
+    ("--seed -1", "--seed: -1, expected 0 or more"), ("--seed 4294967296", "--seed: 4294967296, expected 0 or more and less than 4294967296"),
+    ("--keep-epochs 5 6", "--keep-epochs 5 6: expected epochs from 1 to 5"), ("--keep-epochs 0", "--keep-epochs: 0, expected 1 or more"),
+    ("--compile reduce-overhead", "--compile reduce-overhead needs a GPU"), ("--max-train-rows 0", "--max-train-rows: 0, expected 1 or more"),
+    ("--max-eval-rows 0", "--max-eval-rows: 0, expected 1 or more"), ("--dropout 1", "--dropout: 1, expected 0 or more and less than 1"),
+    ("--dropout nan", "--dropout: nan, expected 0 or more and less than 1"),
+    ("--lr 0", "--lr: 0, expected more than 0"), ("--lr nan", "--lr: nan, expected"),
+    ("--clip 0", "--clip: 0, expected more than 0"), ("--weight-decay -1", "--weight-decay: -1, expected 0 or more"),
+    ("--epochs two", "--epochs: invalid int value: 'two'"),
     ("--pooling median", "invalid choice: 'median'"), ("--layers six", "invalid int value: 'six'"),
     ("--layers-from no/such/file.json", "no/such/file.json does not exist"),
 ])
@@ -959,10 +962,12 @@ def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder):
     assert {module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
 
 
-@pytest.mark.parametrize("flags", [["--freeze-lr", "0.1"], ["--freeze-layers", "1", "--freeze-epoch", "1", "--freeze-lr", "1.5"]])
-def test_a_bad_freeze_lr_is_refused(flags, model_folder, data_folder, tmp_path, script):
+@pytest.mark.parametrize("flags, message", [
+    (["--freeze-lr", "0.1"], "--freeze-lr 0.1: needs layers to freeze"),
+    (["--freeze-layers", "1", "--freeze-epoch", "1", "--freeze-lr", "1.5"], "--freeze-lr: 1.5, expected 0 or more and less than 1")])
+def test_a_bad_freeze_lr_is_refused(flags, message, model_folder, data_folder, tmp_path, script):
     status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *flags)
-    assert status == 2 and "--freeze-lr" in error and "expected a factor from 0 to 1" in error
+    assert status == 2 and message in error
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
