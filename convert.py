@@ -1,6 +1,6 @@
 """Make data set folders: fetch the published archives, convert them, and check what a folder holds.
 
-The commands of data.py, which runs this file; kept apart from what the other scripts read.
+The commands of data.py, kept apart from what the other scripts read.
 
     python data.py xnli    --out data/xnli                  # MultiNLI in English to train, XNLI to test
     python data.py massive --out data/massive --intents 4   # the stand-in for the paper's in-house intents
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (SPLITS, Rows, encode, label_index, read_labels, read_split, split_languages, table_lines, text_lines,
                   write_table)
-from files import UserError, in_range, sha256, write_atomic, write_json
+from files import UserError, cli, in_range, sha256, write_atomic, write_json
 
 XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip"
 XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
@@ -354,3 +354,7 @@ def main(argv=None):
         data = {key: rows for key, rows in data.items() if key[0] == "train" or key[1] in args.languages}
         known = {}  # read_massive has counted them, before it chose intents
     write_data_set(args.out, labels, data, sources, known)
+
+
+if __name__ == "__main__":
+    cli(main)
