@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 SHORTER = {  # so that the suite stays within its time; `make demo` runs them as they are
-    "grid_search.py": "--epochs 10",
-    "train.py": "--max-train-rows 2000 --max-eval-rows 200",
+    "grid_search.py": "--epochs 5",
+    "train.py": "--max-train-rows 1000 --max-eval-rows 100",
     "evaluate.py": "--resamples 1000",
 }
 
