@@ -4,6 +4,7 @@ BIN := .venv/bin
 
 DEMO ?= demo
 PY = $(BIN)/python
+PYTEST = $(PY) -m pytest -q -n 2 --dist worksteal
 demo test prove: export HF_HUB_OFFLINE = 1
 MODEL ?= sample/model
 TUNE = --model $(MODEL) --data sample/intents14 --lr 2e-4 --batch-size 64
@@ -37,12 +38,12 @@ bench: .venv/bench
 	$(PY) bench.py --model $(MODEL) --data $(DATA) --out $(OUT)
 
 test: .venv/test
-	$(PY) -m pytest -q tests
+	$(PYTEST) tests
 
 # The long proofs: thirty kills, and 10,000 cases of broken input.
 prove: export PROVE = 1
 prove: .venv/test
-	$(PY) -m pytest -q tests/test_kill.py tests/test_fuzz.py
+	$(PYTEST) tests/test_kill.py tests/test_fuzz.py
 
 .venv/run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

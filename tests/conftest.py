@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import files
 
-torch.set_num_threads(1)  # models this small are many times slower on threads that wait for a busy core
+torch.set_num_threads(1)  # models this small gain nothing from more; the tests have two processes instead
 
 SHARED = ROOT.parent / "shared" / "data"
 WORDS = {  # a toy world: the same twelve words in three languages, four of them decide the label

@@ -31,9 +31,7 @@ def demo(tmp_path_factory):
     import io
     from contextlib import redirect_stdout
 
-    import torch
     out, printed = tmp_path_factory.mktemp("demo"), []
-    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         for script, *arguments in demo_commands(out):
@@ -42,7 +40,6 @@ def demo(tmp_path_factory):
                 status = importlib.import_module(script.removesuffix(".py")).main(arguments + shlex.split(SHORTER.get(script, "")))
             assert not status
             printed.append(screen.getvalue())
-    torch.set_num_threads(1)
     return out, printed
 
 
