@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from data import SPLITS, collate, encode, fingerprint, read_labels, read_split, sorted_batches, split_languages
 from device import agree, autocast, out_of_memory, pick_device, pick_precision, start_processes, to_device, versions
-from files import UserError, claim, cli, finish_folder, in_range, load_array, progress_bar, start_folder, write_atomic
+from files import (UserError, claim, cli, create_array, finish_folder, in_range, load_array, progress_bar, start_folder,
+                   write_atomic)
 from model import (POOLINGS, blocks, drop_pooler, hidden_states, load_encoder, load_tokenizer, model_identity, pool,
                    token_limit)
 
@@ -68,10 +69,7 @@ class PartFiles:
         self.counter = folder / f".{stem}.batches"
         if not self.counter.exists():
             for path in self.parts:
-                np.lib.format.open_memmap(path, "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a bus error later
-                    with open(path, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                create_array(path, shape, dtype)
             with write_atomic(self.counter, "wb") as file:
                 file.write(bytes(8))
         self.arrays = [load_array(part if part.exists() else final, shape, mode="r+",  # a stop in finish() renamed some

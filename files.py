@@ -203,6 +203,20 @@ def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
     return array
 
 
+def create_array(path, shape, dtype):
+    """Make a .npy file of that shape, memory-mapped for writing, and take its room on the disk. OSError where that is
+    full, and no file: without it, it would be a bus error later."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError:
+            os.unlink(path)
+            raise
+    return array
+
+
 def progress_bar(**settings):
     """A tqdm bar; where nobody watches, as in a log file, it is drawn every 20 seconds only."""
     return tqdm(mininterval=0.1 if sys.stderr.isatty() else 20, **settings)

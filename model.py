@@ -6,6 +6,7 @@ Letters in comments:  B batch  T tokens  D hidden size  L layers  N rows  M mode
 Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block k, counted from 1, so that
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
+import contextlib
 import hashlib
 import os
 import shutil
@@ -29,14 +30,18 @@ POOLINGS = ("max", "mean", "cls")
 
 # --- the encoder, its blocks, and freezing -----------------------------------------------------------------------
 
-def blocks(encoder):
-    """The encoder's nn.ModuleList of transformer blocks; layer k is block k - 1 of it."""
+def inner_encoder(encoder):
+    """The part of an encoder that runs its blocks one after the other: the list of them is its `layer`."""
     inner = getattr(encoder, "encoder", None) or getattr(encoder, "transformer", None)
-    layers = getattr(inner, "layer", None)
-    if not isinstance(layers, nn.ModuleList):
+    if not isinstance(getattr(inner, "layer", None), nn.ModuleList):
         raise UserError(f"{type(encoder).__name__} is not an encoder whose blocks are known here (as BERT, XLM-R, "
                         "DistilBERT, DeBERTa)")
-    return layers
+    return inner
+
+
+def blocks(encoder):
+    """The encoder's nn.ModuleList of transformer blocks; layer k is block k - 1 of it."""
+    return inner_encoder(encoder).layer
 
 
 def layer_module(encoder, layer):
@@ -108,8 +113,41 @@ def whole_state(encoder, decay=1.0):
     return state
 
 
+class Given(nn.Module):
+    """In the place of the embeddings: gives states that are known already."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_, **__):
+        return self.states
+
+
+@contextlib.contextmanager
+def part_of(encoder, low, high=None, states=None):
+    """Inside, the encoder has only the blocks after layer `low`, up to `high`; where `states` (B, T, D) of layer `low`
+    are given it begins with them."""
+    inner, embeddings = inner_encoder(encoder), encoder.embeddings
+    whole, inner.layer = inner.layer, inner.layer[low:high]
+    encoder.embeddings = embeddings if states is None else Given(states)
+    try:
+        yield
+    finally:
+        inner.layer, encoder.embeddings = whole, embeddings
+
+
 def hidden_states(encoder, batch):
-    """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output."""
+    """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output.
+
+    Where the batch brings `states`, (B, T, D) of a layer, what is below is not run, its states are None;
+    `encoder.given` says which layer, and the dtype it has.
+    """
+    if "states" in batch:
+        (low, dtype), batch = encoder.given, dict(batch)
+        with part_of(encoder, low, states=batch.pop("states").to(dtype)):
+            states, output = hidden_states(encoder, batch)
+        return (None,) * low + states, output
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if getattr(encoder.config, "type_vocab_size", 0) > 1:  # XLM-R has one type, DistilBERT takes none
         inputs["token_type_ids"] = batch["token_type_ids"]

@@ -36,3 +36,4 @@ def test_it_runs_and_writes_every_part(tmp_path, script, monkeypatch):
     found = json.loads((tmp_path / "out/bench.json").read_text())
     assert {row["goal"] for row in found["rows"]} == {"9", "3.5", "0.65", "20", "1", "6", "1.25", "0.5", "1.6", ""}
     assert all(row["ratio"] > 0 for row in found["rows"]) and out.count("(goal") == len(found["rows"])
+    assert sum("--freeze-cache" in row["work"] for row in found["rows"]) == 2

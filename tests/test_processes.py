@@ -40,6 +40,7 @@ def commands(model, data, out):
 grid_search --features {out}/features --out {out}/grid --layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32
 train {tuned} --out {out}/wf --layers 2 4 --freeze-layers 0 3 --freeze-epoch 2 --epochs 10 --eval-steps 1
 train {tuned} --out {out}/pooler --head pooler --epochs 2 --accumulate 3
+train {tuned} --out {out}/cache --layers 3 4 --freeze-layers 0 1 2 --freeze-epoch 1 --epochs 3 --freeze-cache
 stop 9 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
 stop 1 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
 train {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
@@ -86,7 +87,7 @@ def test_the_search_gives_the_same_results(both):
     assert rows[0] == rows[1] and len(rows[0]) == 7 * 2 * 3
 
 
-@pytest.mark.parametrize("name", ["wf", "pooler"])
+@pytest.mark.parametrize("name", ["wf", "pooler", "cache"])
 def test_training_gives_the_same_losses_and_weights(both, name):
     metrics = [[json.loads(line) for line in open(out / name / "metrics.jsonl")] for out in both[:2]]
     assert len(metrics[0]) == len(metrics[1])
@@ -113,7 +114,7 @@ def test_stopped_by_a_signal_to_one_process_and_started_again_is_as_never_stoppe
 
 def test_only_one_process_speaks(both):
     text = both[2]
-    assert text.count("parameters to train; float32 products, 2 processes") == 5 and text.count(": done") == 4
+    assert text.count("parameters to train; float32 products, 2 processes") == 6 and text.count(": done") == 5
     assert "stopped by SIGTERM after step 9" in text and "going on after step 10" in text
     assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 2
 

@@ -1,0 +1,66 @@
+"""Frozen lowest layers, run once: their states of every train token are kept in a file, and steps begin above them.
+
+Read by train.py for --freeze-cache, run by none. Work followed: AutoFreeze (Liu et al. 2021) keeps states so.
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import collate, sorted_batches
+from device import agree, autocast, start_processes, to_device
+from files import UserError, create_array
+from model import hidden_states, part_of
+
+
+class FrozenStates:
+    """The states of one layer, of each token of an Encoded: (all tokens, D), computed without dropout, in a file.
+
+    The layer is the highest up to which all are in `frozen` and none but itself is pooled. The file is float32 where
+    the products are, else float16; the processes of torchrun fill it together. UserError for an encoder that cannot
+    begin at a block, or a state that does not fit.
+    """
+
+    def __init__(self, model, encoded, frozen, path, pad_id, dtype, max_length, batch_size):
+        self.encoded, layer = encoded, -1
+        while layer + 1 in frozen and layer < min(model.layers):
+            layer += 1
+        encoder, device, (rank, world) = model.encoder, next(model.parameters()).device, start_processes()
+        model.eval()
+        batches = sorted_batches(encoded.lengths, batch_size)
+        with torch.inference_mode(), autocast(device, dtype):
+            first = collate(encoded, batches[0], pad_id, max_length)
+            states, _ = hidden_states(encoder, to_device(first, device))
+            encoder.given = layer, states[layer].dtype
+            given, _ = hidden_states(encoder, to_device(first, device) | {"states": states[layer]})
+            if not torch.allclose(given[-1], states[-1], rtol=0, atol=0.01 * states[-1].abs().max().item()):
+                raise UserError(f"--freeze-cache: {type(encoder).__name__} cannot begin with the states of layer {layer}")
+            if rank == 0:
+                path.parent.mkdir(exist_ok=True)
+                create_array(path, (len(encoded.ids), states[layer].shape[-1]),
+                             np.float32 if dtype == torch.float32 else np.float16)
+            agree(0)
+            self.kept = np.load(path, mmap_mode="r+")
+            for rows in tqdm(batches[rank::world], desc=f"layers up to {layer}", leave=False, disable=rank > 0 or None):
+                batch = collate(encoded, rows, pad_id, max_length)
+                with part_of(encoder, 0, max(layer, 1)):  # DeBERTa needs a block to run
+                    states, _ = hidden_states(encoder, to_device(batch, device))
+                places, mask = self.places(batch, rows)
+                with np.errstate(over="ignore"):
+                    self.kept[places] = states[layer].float().cpu().numpy()[mask]
+                if not np.isfinite(self.kept[places]).all():
+                    raise UserError(f"--freeze-cache: a state of layer {layer} does not fit {self.kept.dtype}; "
+                                    "try --precision fp32")
+        agree(0)
+        model.train()
+
+    def places(self, batch, rows):
+        """Where the tokens of a batch of collate() stand in the file, in order; and its mask, (B, T)."""
+        mask = batch["attention_mask"] == 1
+        return (self.encoded.starts[rows][:, None] + np.arange(mask.shape[1]))[mask], mask
+
+    def of(self, batch, rows):
+        """The states of a batch of collate() with these rows: (B, T, D), 0 where it is padded."""
+        places, mask = self.places(batch, rows)
+        states = np.zeros((*mask.shape, self.kept.shape[1]), self.kept.dtype)
+        states[mask] = self.kept[places]
+        return states
