@@ -301,7 +301,8 @@ def our_freezing(model, tokenizer, encoded, batch_size, dtype, repeats, head, la
     state.freeze(frozen)
     after, _ = measure(work, repeats)
     with tempfile.TemporaryDirectory() as folder:
-        kept = FrozenStates(state.model, encoded, frozen, Path(folder) / "states", tokenizer.pad_token_id, dtype, 128, 64)
+        kept = FrozenStates(state.model, encoded, frozen, Path(folder) / "states", tokenizer.pad_token_id, dtype, 128,
+                            64, 0)
         return before, after, measure(lambda: work(kept), repeats)[0]
 
 
@@ -338,10 +339,11 @@ def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
         for name, head, layers in (("", "pooler", ()), (", MC-BERT", "layers", chosen)):
             before, after, kept = our_freezing(*ours, head, layers, [*range(low + 1)])
             used = max(layers, default=blocks)  # a backward pass costs two forward ones:
-            for flag, seconds, left in (("", after, low + 3 * (used - low)), ("--freeze-cache", kept, 3 * (used - low))):
-                table.add(f"embeddings and lowest {low} frozen{name}" if not flag else f"the same, {flag}",
-                          f"before freezing (in operations: {3 * used / left:.2f})", count / seconds, count / before,
-                          "examples/s", "1.6")
+            above = 3 * (used - low)
+            for what, seconds, left in ((f"embeddings and lowest {low} frozen{name}", after, low + above),
+                                        ("the same, --freeze-cache", kept, above)):
+                table.add(what, f"before freezing (in operations: {3 * used / left:.2f})", count / seconds,
+                          count / before, "examples/s", "1.6")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

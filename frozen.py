@@ -4,7 +4,7 @@ Read by train.py for --freeze-cache, run by none. Work followed: AutoFreeze (Liu
 """
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from data import collate, sorted_batches
 from device import agree, autocast, start_processes, to_device
@@ -13,14 +13,14 @@ from model import hidden_states, part_of
 
 
 class FrozenStates:
-    """The states of one layer, of each token of an Encoded: (all tokens, D), computed without dropout, in a file.
+    """The states of one layer, of each token of an Encoded, in a file: (all tokens, D), float32 where the products are,
+    else float16. The layer is the highest up to which all are in `frozen` and none but itself is pooled.
 
-    The layer is the highest up to which all are in `frozen` and none but itself is pooled. The file is float32 where
-    the products are, else float16; the processes of torchrun fill it together. UserError for an encoder that cannot
-    begin at a block, or a state that does not fit.
+    Dropout is on, drawn once by (seed, batch). The processes of torchrun fill the file together. UserError for an
+    encoder that cannot begin at a block, or a state that does not fit.
     """
 
-    def __init__(self, model, encoded, frozen, path, pad_id, dtype, max_length, batch_size):
+    def __init__(self, model, encoded, frozen, path, pad_id, dtype, max_length, batch_size, seed):
         self.encoded, layer = encoded, -1
         while layer + 1 in frozen and layer < min(model.layers):
             layer += 1
@@ -33,15 +33,18 @@ class FrozenStates:
             encoder.given = layer, states[layer].dtype
             given, _ = hidden_states(encoder, to_device(first, device) | {"states": states[layer]})
             if not torch.allclose(given[-1], states[-1], rtol=0, atol=0.01 * states[-1].abs().max().item()):
-                raise UserError(f"--freeze-cache: {type(encoder).__name__} cannot begin with the states of layer {layer}")
+                raise UserError(f"--freeze-cache: {type(encoder).__name__} cannot begin at the states of layer {layer}")
             if rank == 0:
                 path.parent.mkdir(exist_ok=True)
                 create_array(path, (len(encoded.ids), states[layer].shape[-1]),
                              np.float32 if dtype == torch.float32 else np.float16)
             agree(0)
             self.kept = np.load(path, mmap_mode="r+")
-            for rows in tqdm(batches[rank::world], desc=f"layers up to {layer}", leave=False, disable=rank > 0 or None):
-                batch = collate(encoded, rows, pad_id, max_length)
+            model.train()
+            for i in trange(rank, len(batches), world, desc=f"layers up to {layer}", leave=False,
+                            disable=rank > 0 or None):
+                batch = collate(encoded, rows := batches[i], pad_id, max_length)
+                torch.manual_seed((seed * 1_000_003 + i) * 1024 + 1023)  # no step has this seed
                 with part_of(encoder, 0, max(layer, 1)):  # DeBERTa needs a block to run
                     states, _ = hidden_states(encoder, to_device(batch, device))
                 places, mask = self.places(batch, rows)
@@ -51,7 +54,6 @@ class FrozenStates:
                     raise UserError(f"--freeze-cache: a state of layer {layer} does not fit {self.kept.dtype}; "
                                     "try --precision fp32")
         agree(0)
-        model.train()
 
     def places(self, batch, rows):
         """Where the tokens of a batch of collate() stand in the file, in order; and its mask, (B, T)."""

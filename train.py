@@ -325,7 +325,7 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
 
     def frozen_states():
         if freeze_cache and state.frozen:
-            return FrozenStates(model, train_set, state.frozen, cache, pad_id, dtype, max_length, eval_batch_size)
+            return FrozenStates(model, train_set, state.frozen, cache, pad_id, dtype, max_length, eval_batch_size, seed)
 
     def end():
         cache.unlink(missing_ok=True)
@@ -462,10 +462,10 @@ def parse_args(argv):
                        help="a control: instead of freezing, go on with those layers at F times the learning rate "
                             "(default: 0: freeze)")
     group.add_argument("--freeze-cache", action="store_true",
-                       help="once the lowest layers are frozen, the embeddings among them, run them a last time, "
-                            "without dropout, and keep their states of all train rows in OUT until the run ends "
-                            "(2 bytes x tokens x hidden size): steps then begin above them. Faster, and not as the paper "
-                            "has it, where dropout stays on")
+                       help="once the lowest layers are frozen, the embeddings among them, run them a last time and "
+                            "keep their states of all train rows in OUT until the run ends (2 bytes x tokens x hidden "
+                            "size): steps then begin above them. Faster, and not quite as the paper has it: dropout in "
+                            "them is drawn once, not at each step")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=in_range(int, 1), default=5, help="passes over the train rows (default: 5)")
     group.add_argument("--lr", type=in_range(float, above=0), default=2e-5,
