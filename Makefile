@@ -40,7 +40,7 @@ bench: .venv/bench
 test: .venv/test
 	$(PYTEST) tests
 
-# The long proofs: thirty kills, and 10,000 cases of broken input.
+# The long proofs: forty kills, and 10,000 cases of broken input.
 prove: export PROVE = 1
 prove: .venv/test
 	$(PYTEST) tests/test_kill.py tests/test_fuzz.py

@@ -303,7 +303,7 @@ def our_freezing(model, tokenizer, encoded, batch_size, dtype, repeats, head, la
     with tempfile.TemporaryDirectory() as folder:
         kept = FrozenStates(state.model, encoded, frozen, Path(folder) / "states", tokenizer.pad_token_id, dtype, 128,
                             64, 0)
-        return before, after, measure(lambda: work(kept), repeats)[0]
+    return before, after, measure(lambda: work(kept), repeats)[0]
 
 
 def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):

@@ -204,17 +204,16 @@ def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
 
 
 def create_array(path, shape, dtype):
-    """Make a .npy file of that shape, memory-mapped for writing, and take its room on the disk. OSError where that is
-    full, and no file: without it, it would be a bus error later."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        try:
+    """Make an empty .npy file of that shape, to be memory-mapped, and take its room on the disk. OSError, and no file,
+    where the disk is full: it would be a bus error later."""
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        except OSError:
-            os.unlink(path)
-            raise
-    return array
+    except OSError:
+        Path(path).unlink(missing_ok=True)
+        raise
 
 
 def progress_bar(**settings):

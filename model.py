@@ -140,12 +140,11 @@ def part_of(encoder, low, high=None, states=None):
 def hidden_states(encoder, batch):
     """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output.
 
-    Where the batch brings `states`, (B, T, D) of a layer, what is below is not run, its states are None;
-    `encoder.given` says which layer, and the dtype it has.
+    Where the batch brings `states`, (B, T, D) of layer `encoder.given`, what is below is not run, its states are None.
     """
     if "states" in batch:
-        (low, dtype), batch = encoder.given, dict(batch)
-        with part_of(encoder, low, states=batch.pop("states").to(dtype)):
+        low, batch = encoder.given, dict(batch)
+        with part_of(encoder, low, states=batch.pop("states").float()):
             states, output = hidden_states(encoder, batch)
         return (None,) * low + states, output
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -321,34 +321,31 @@ def fit(state, train_set, sets, out, keep, *, pad_id, dtype, epochs, lr, batch_s
     per_epoch = -(-len(train_set.labels) // batch_size)
     bar = progress_bar(total=epochs * per_epoch, initial=state.step, unit="step", disable=rank > 0, smoothing=0.05)
     since, clock, stop = state.step, time.perf_counter(), StopRequest(world)
-    cache = out / "resume" / ".frozen.tmp"  # a stopped run makes it anew
-
-    def frozen_states():
-        if freeze_cache and state.frozen:
-            return FrozenStates(model, train_set, state.frozen, cache, pad_id, dtype, max_length, eval_batch_size, seed)
+    kept = None  # the FrozenStates of --freeze-cache
 
     def end():
-        cache.unlink(missing_ok=True)
         bar.close()
         stop.restore()
         if writer:
             writer.close()
 
     def freeze_now(why):
-        nonlocal wrapped, kept
+        nonlocal wrapped
         state.freeze(freeze_layers)
         wrapped = wrap(model, world)
         if rank == 0:
             done = "slowed down" if state.freeze_lr else "frozen"
             tqdm.write(f"{why}: layers {' '.join(map(str, freeze_layers))} are {done} from here on, "
                        f"{trainable(model):,} parameters to train")
-        kept = frozen_states()
 
-    kept = frozen_states()
     for epoch in range(state.step // per_epoch, epochs):
         for rows in train_batches(train_set.lengths, batch_size, seed, epoch)[state.step - epoch * per_epoch:]:
             if freeze_epoch == epoch and not state.frozen:
                 freeze_now(f"{epoch} epochs done")
+            if freeze_cache and state.frozen and not kept:
+                kept = FrozenStates(model, train_set, state.frozen, out / "resume" / ".frozen.tmp", pad_id, dtype,
+                                    max_length, eval_batch_size, seed)
+                since, clock = state.step, time.perf_counter()
             rate = learning_rate(state.step, epochs * per_epoch, lr, schedule)
             torch.manual_seed((seed * 1_000_003 + state.step) * 1024 + rank)  # dropout's numbers
             parts = list(micro_batches(train_set, rows, pad_id, max_length, device, accumulate, rank, world, kept))
@@ -463,9 +460,9 @@ def parse_args(argv):
                             "(default: 0: freeze)")
     group.add_argument("--freeze-cache", action="store_true",
                        help="once the lowest layers are frozen, the embeddings among them, run them a last time and "
-                            "keep their states of all train rows in OUT until the run ends (2 bytes x tokens x hidden "
-                            "size): steps then begin above them. Faster, and not quite as the paper has it: dropout in "
-                            "them is drawn once, not at each step")
+                            "keep their states of all train rows on OUT's disk until the run ends (tokens x hidden "
+                            "size x 2 bytes, 4 with fp32): steps then begin above them. Faster, and not quite as the "
+                            "paper has it: dropout in them is drawn once, not at each step")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=in_range(int, 1), default=5, help="passes over the train rows (default: 5)")
     group.add_argument("--lr", type=in_range(float, above=0), default=2e-5,

@@ -8,6 +8,7 @@ from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
 import train
 from frozen import FrozenStates
+from model import hidden_states
 
 STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 CACHED = "--layers 3 5 --freeze-layers 0 1 2 --freeze-epoch 1 --freeze-cache"
@@ -24,7 +25,7 @@ def test_without_dropout_it_is_the_same_run(flags, layer, family, still, data_fo
     with watching(lambda model, optimizer, batches: first.append(("states" in batches[0], getattr(model.encoder, "given", None)))):
         fine_tune(tmp_path / "kept", model, data_folder, flags, "--dropout 0 --accumulate 2 --eval-steps 3 --freeze-cache")
     frozen = 5 * int(flags[-1])
-    assert first == [(False, None)] * frozen + [(True, (layer, torch.float32))] * (15 - frozen)
+    assert first == [(False, None)] * frozen + [(True, layer)] * (15 - frozen)
     rows, others = metrics(tmp_path / "plain"), metrics(tmp_path / "kept")
     for row, other in zip(rows, others, strict=True):
         assert row.pop("loss") == pytest.approx(other.pop("loss"), abs=1e-4) and row == other
@@ -62,7 +63,7 @@ def test_the_states_are_those_of_the_layer_and_what_is_below_does_not_run(dropou
         for seed in (0, 1):
             fine_tune(tmp_path / str(seed), model_folder, data_folder, CACHED.replace("epoch 1", "epoch 0"), f"--seed {seed}",
                       "" if dropout else "--encoder-dropout 0")
-    assert len(seen) == 30 and run[:42] == [2, 3, 4] * 14
+    assert len(seen) == 30 and run == [2, 3, 4] * 14
     epochs = [{text: states for step in seen[start:start + 5] for text, states in step.items()} for start in (0, 5, 15)]
     assert len(epochs[0]) > 50
     for text in epochs[0]:
@@ -78,49 +79,71 @@ def test_dropout_stays_on_above(head, losses, model_folder, data_folder, tmp_pat
 
 
 @pytest.mark.parametrize("stops", [[4], [5], [6], [11], [6, 3, 2]])
-def test_stopped_and_started_again_is_as_never_stopped(stops, whole, model_folder, data_folder, tmp_path):
+@pytest.mark.parametrize("when", ["1", "auto --eval-steps 2"])
+def test_stopped_and_started_again_is_as_never_stopped(when, stops, unstopped, model_folder, data_folder, tmp_path):
+    flags = f"{CACHED.replace('epoch 1', f'epoch {when}')} --save-steps 2"
     for steps in stops:
         with interrupted(train, "train_step", steps):
-            fine_tune(tmp_path / "run", model_folder, data_folder, CACHED, "--save-steps 2")
-    fine_tune(tmp_path / "run", model_folder, data_folder, CACHED, "--save-steps 2")
-    assert_same_run(tmp_path / "run", whole)
+            fine_tune(tmp_path / "run", model_folder, data_folder, flags)
+    fine_tune(tmp_path / "run", model_folder, data_folder, flags)
+    assert_same_run(tmp_path / "run", unstopped(flags))
+    assert any(0 < row["epoch"] < 3 and row["frozen_layers"] for row in metrics(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run/resume").iterdir()] == ["state.pt"]
 
 
 @pytest.fixture(scope="module")
-def whole(model_folder, data_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    fine_tune(out, model_folder, data_folder, CACHED, "--save-steps 2")
-    return out
+def unstopped(model_folder, data_folder, tmp_path_factory):
+    outs = {}
+
+    def get(flags):
+        if flags not in outs:
+            outs[flags] = tmp_path_factory.mktemp("unstopped") / "run"
+            fine_tune(outs[flags], model_folder, data_folder, flags)
+        return outs[flags]
+    return get
 
 
-def test_half_precision_states_come_back_as_they_were(model_folder, data_folder, tmp_path):
-    """bf16 products: the file is float16, which holds every bf16 state of this size exactly."""
-    made = FrozenStates.__init__
+@pytest.fixture(scope="module")
+def still_model(tmp_path_factory):
+    """An encoder without dropout."""
+    return make_model(tmp_path_factory.mktemp("still"), **STILL)
+
+
+@pytest.mark.parametrize("precision, kind, tolerance", [("fp32", np.float32, 2e-6), ("bf16", np.float16, 2e-3)])
+def test_the_file_holds_half_precision_where_the_products_have_it(precision, kind, tolerance, still_model, data_folder, tmp_path):
+    made, found = FrozenStates.__init__, []
 
     def watched(self, model, encoded, frozen, path, pad_id, dtype, *rest):
         made(self, model, encoded, frozen, path, pad_id, dtype, *rest)
-        assert self.kept.dtype == np.float16 and path.stat().st_size == 128 + 2 * 36 * len(encoded.ids)
-        watched.found = torch.from_numpy(np.array(self.kept)), model.encoder.given
+        assert self.kept.shape == (len(encoded.ids), 36) and self.kept.dtype == kind and not path.exists()
+        found.append(self)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def look(model, optimizer, batches):
+        if found:
+            batch = {key: value for key, value in batches[0].items() if key != "states"}
+            mask = batch["attention_mask"].bool()
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                plain = hidden_states(model.encoder, batch)[0][2]
+                below = hidden_states(model.encoder, batches[0])[0]
+            assert plain.dtype == torch.float32 and below[:2] == (None, None) and below[2].dtype == torch.float32
+            np.testing.assert_allclose(below[2][mask], plain[mask], atol=tolerance, rtol=tolerance)
+
+    with pytest.MonkeyPatch.context() as patch, watching(look):
         patch.setattr(FrozenStates, "__init__", watched)
-        fine_tune(tmp_path / "run", model_folder, data_folder, CACHED, "--precision bf16")
-    states, (layer, dtype) = watched.found
-    assert layer == 2 and states.abs().max() > 1
-    if dtype == torch.bfloat16:
-        large = states[states.abs() > 1e-4]
-        assert torch.equal(large.to(dtype).half(), large)
+        fine_tune(tmp_path / "run", still_model, data_folder, CACHED, "--precision", precision)
+    assert len(found) == 1
 
 
-def test_an_encoder_that_cannot_begin_at_a_block_is_refused(script, data_folder, tmp_path):
+@pytest.mark.parametrize("kernel, name", [(0, "encoder.rel_embeddings.weight"), (3, "encoder.rel_embeddings.weight")])
+def test_an_encoder_with_weights_outside_its_layers_is_refused(kernel, name, script, data_folder, tmp_path):
+    """DeBERTa's blocks share relative positions, which go on training."""
     size = make_tokenizer(tmp_path / "deberta")
     DebertaV2Model(DebertaV2Config(vocab_size=size, hidden_size=36, num_hidden_layers=5, num_attention_heads=3, intermediate_size=52,
                                    max_position_embeddings=64, relative_attention=True, position_biased_input=False,
-                                   pos_att_type=["p2c", "c2p"], conv_kernel_size=3)).save_pretrained(tmp_path / "deberta")
+                                   pos_att_type=["p2c", "c2p"], conv_kernel_size=kernel)).save_pretrained(tmp_path / "deberta")
     status, _, error = script("train", "--model", tmp_path / "deberta", "--data", data_folder, "--out", tmp_path / "run",
                               *CACHED.replace("epoch 1", "epoch 0").split(), "--max-length", 32)
-    assert status == 2 and "--freeze-cache: DebertaV2Model cannot begin at the states of layer 2" in error and "Traceback" not in error
+    assert status == 2 and f"--freeze-cache: DebertaV2Model has weights outside its layers ({name})" in error and "Traceback" not in error
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(script, model_folder, data_folder, tmp_path, monkeypatch):

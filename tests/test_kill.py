@@ -1,7 +1,7 @@
 """Real processes, killed with SIGKILL at random moments and started again: the files are those of a run never stopped.
 
-Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for each script, half of them while a file is
-being written.
+Four kills in `make test`; forty in `make prove`, which sets PROVE=1: ten for each script and for --freeze-cache, half of
+them while a file is being written.
 """
 import json
 import os
@@ -33,7 +33,7 @@ def flags(script, world):
     model, data = ["--model", world / "model"], ["--data", world / "data"]
     return {"extract": [*model, *data, "--batch-size", 2, "--max-length", 32],
             "grid_search": ["--features", world / "features", "--layers", 1, 2, 3, 4, 5, "--seeds", 3, "--epochs", 16],
-            "train": [*model, *data, "--layers", 1, 3, "--freeze-layers", 0, 2, "--freeze-epoch", 1, "--epochs", 3, "--batch-size", 4,
+            "train": [*model, *data, "--layers", 1, 3, "--freeze-epoch", 1, "--epochs", 3, "--batch-size", 4,
                       "--save-steps", 7, "--eval-steps", 40, "--max-length", 32, "--lr", "1e-3"]}[script]
 
 
@@ -91,9 +91,11 @@ def contents(script, out):
     return found
 
 
-@pytest.mark.parametrize("script", ["extract", "grid_search", "train"])
-def test_killed_at_any_moment_and_started_again_is_as_never_stopped(script, world, tmp_path):
-    arguments, dice = [script, *flags(script, world)], random.Random(script)
+@pytest.mark.parametrize("script, more", [
+    ("extract", []), ("grid_search", []), ("train", ["--freeze-layers", 0, 2]), ("train", ["--freeze-layers", 0, 1, "--freeze-cache"])],
+    ids=["extract", "grid_search", "train", "freeze-cache"])
+def test_killed_at_any_moment_and_started_again_is_as_never_stopped(script, more, world, tmp_path):
+    arguments, dice = [script, *flags(script, world), *more], random.Random(f"{script}{more}")
     began = time.perf_counter()
     run([*arguments, "--out", tmp_path / "unstopped"])
     expected, kills, out = contents(script, tmp_path / "unstopped"), 0, tmp_path / "0"

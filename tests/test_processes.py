@@ -34,16 +34,21 @@ files.cli(main)
 """
 
 
+CACHE = "--layers 3 4 --freeze-layers 0 1 2 --freeze-epoch 1 --epochs 3 --freeze-cache"
+
+
 def commands(model, data, out):
     tuned = f"--model {model} --data {data} --max-length 32 --precision fp32 --dropout 0 --batch-size 13 --lr 1e-3 --log-steps 1"
     return f"""extract --model {model} --data {data} --out {out}/features --max-length 32 --dtype float32 --precision fp32 --batch-size 9
 grid_search --features {out}/features --out {out}/grid --layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32
 train {tuned} --out {out}/wf --layers 2 4 --freeze-layers 0 3 --freeze-epoch 2 --epochs 10 --eval-steps 1
 train {tuned} --out {out}/pooler --head pooler --epochs 2 --accumulate 3
-train {tuned} --out {out}/cache --layers 3 4 --freeze-layers 0 1 2 --freeze-epoch 1 --epochs 3 --freeze-cache
-stop 9 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
-stop 1 {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
-train {tuned} --out {out}/stopped --head pooler --epochs 2 --accumulate 3
+train {tuned} --out {out}/cache {CACHE}
+stop 13 {tuned} --out {out}/cache-stopped {CACHE}
+train {tuned} --out {out}/cache-stopped {CACHE}
+stop 9 {tuned} --out {out}/pooler-stopped --head pooler --epochs 2 --accumulate 3
+stop 1 {tuned} --out {out}/pooler-stopped --head pooler --epochs 2 --accumulate 3
+train {tuned} --out {out}/pooler-stopped --head pooler --epochs 2 --accumulate 3
 """
 
 
@@ -103,20 +108,22 @@ def test_training_gives_the_same_losses_and_weights(both, name):
         np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("name, steps", [("pooler", 12), ("cache", 18)])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stopped_by_a_signal_to_one_process_and_started_again_is_as_never_stopped(both, processes):
+def test_stopped_by_a_signal_to_one_process_and_started_again_is_as_never_stopped(both, processes, name, steps):
     whole, stopped = ([{k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-                       for line in open(both[processes - 1] / name / "metrics.jsonl")] for name in ("pooler", "stopped"))
-    assert whole == stopped
-    one, two = (load_file(both[processes - 1] / name / "epochs/2/model.safetensors") for name in ("pooler", "stopped"))
+                       for line in open(both[processes - 1] / run / "metrics.jsonl")] for run in (name, f"{name}-stopped"))
+    assert whole == stopped and whole[-1]["step"] == steps
+    one, two = (load_file(both[processes - 1] / run / f"epochs/{steps // 6}/model.safetensors") for run in (name, f"{name}-stopped"))
     assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
 def test_only_one_process_speaks(both):
     text = both[2]
-    assert text.count("parameters to train; float32 products, 2 processes") == 6 and text.count(": done") == 5
+    assert text.count("parameters to train; float32 products, 2 processes") == 8 and text.count(": done") == 6
     assert "stopped by SIGTERM after step 9" in text and "going on after step 10" in text
-    assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 2
+    assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 3
+    assert text.count("the states of layer 2 are kept") == 3
 
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both):
