@@ -12,6 +12,7 @@ Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -528,6 +529,8 @@ def check_args(args, parser):
         parser.error(f"--freeze-lr {args.freeze_lr}: needs layers to freeze and --freeze-epoch")
     if args.freeze_cache and (0 not in args.freeze_layers or args.freeze_lr or args.compile):
         parser.error("--freeze-cache needs 0 among --freeze-layers, and goes with neither --freeze-lr nor --compile")
+    if args.freeze_cache and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        parser.error("--freeze-cache keeps one file in memory for all processes: it goes on one machine only")
     if args.compile == "reduce-overhead" and (args.accumulate > 1 or not torch.cuda.is_available()):
         parser.error("--compile reduce-overhead needs a GPU, and --accumulate 1: a CUDA graph's gradients are its own")
     if args.layers_from:

@@ -167,6 +167,13 @@ def test_a_state_that_float16_cannot_hold_is_refused(script, data_folder, tmp_pa
     assert status == 2 and "a state of layer 2 does not fit float16; try --precision fp32" in error and "Traceback" not in error
 
 
+def test_several_machines_are_refused(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    status, _, error = script("train", "--model", "none", "--data", "none", "--out", tmp_path / "run", *CACHED.split())
+    assert status == 2 and "it goes on one machine only" in error and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags", [
     "--freeze-layers 1 2 --freeze-epoch 1", "", "--random-freeze 2 --freeze-epoch 1",
     "--freeze-layers 0 1 --freeze-epoch 1 --freeze-lr 0.1", "--freeze-layers 0 1 --freeze-epoch 1 --compile default"])
