@@ -44,8 +44,8 @@ class FrozenStates:
         if rank == 0:
             path.unlink()
         with torch.inference_mode(), autocast(device, dtype):
+            # when it first runs, transformers marks the blocks whose states it gives: all of them, then, not a part
             hidden_states(encoder, to_device(collate(encoded, batches[-1], pad_id, max_length), device))
-            # which was for transformers: it marks the blocks that give states when it runs first, so not a part of them
             for i in trange(rank, len(batches), world, desc=f"layers up to {layer}", leave=False,
                             disable=rank > 0 or None):
                 batch = collate(encoded, rows := batches[i], pad_id, max_length)
@@ -54,7 +54,7 @@ class FrozenStates:
                     states, _ = hidden_states(encoder, to_device(batch, device))
                 places, mask = self.places(batch, rows)
                 with np.errstate(over="ignore"):
-                    values = states[layer].cpu().numpy()[mask].astype(self.kept.dtype)
+                    values = states[layer].float().cpu().numpy()[mask].astype(self.kept.dtype)
                 if not np.isfinite(values).all():
                     raise UserError(f"--freeze-cache: a state of layer {layer} does not fit {self.kept.dtype}; "
                                     "try --precision fp32")
