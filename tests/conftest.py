@@ -19,6 +19,7 @@ import files
 
 torch.set_num_threads(1)  # models this small gain nothing from more; the tests have two processes instead
 
+STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 SHARED = ROOT.parent / "shared" / "data"
 WORDS = {  # a toy world: the same twelve words in three languages, four of them decide the label
     "en": "money refund agent person parcel late cancel order please my the now".split(),
@@ -87,6 +88,12 @@ def make_data(folder, train=60, dev=13, test=17, languages=("en", "de", "zh")):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def still_model(tmp_path_factory):
+    """An encoder without dropout."""
+    return make_model(tmp_path_factory.mktemp("still"), **STILL)
 
 
 @pytest.fixture(scope="session")

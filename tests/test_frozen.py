@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import STILL, make_model, make_tokenizer
 from test_train import assert_same_run, fine_tune, interrupted, metrics, watching, weights
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
@@ -10,7 +10,6 @@ import train
 from frozen import FrozenStates
 from model import hidden_states
 
-STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 CACHED = "--layers 3 5 --freeze-layers 0 1 2 --freeze-epoch 1 --freeze-cache"
 
 
@@ -101,12 +100,6 @@ def unstopped(model_folder, data_folder, tmp_path_factory):
             fine_tune(outs[flags], model_folder, data_folder, flags)
         return outs[flags]
     return get
-
-
-@pytest.fixture(scope="module")
-def still_model(tmp_path_factory):
-    """An encoder without dropout."""
-    return make_model(tmp_path_factory.mktemp("still"), **STILL)
 
 
 @pytest.mark.parametrize("precision, kind, tolerance", [("fp32", np.float32, 2e-6), ("bf16", np.float16, 2e-3)])

@@ -30,12 +30,6 @@ LABELS = ["refund", "agent", "delivery", "cancel"]
 
 
 @pytest.fixture(scope="module")
-def still_model(tmp_path_factory):
-    """An encoder without dropout."""
-    return make_model(tmp_path_factory.mktemp("still"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-
-
-@pytest.fixture(scope="module")
 def pair_data(data_folder, tmp_path_factory):
     """The toy data with each text cut in two."""
     folder = tmp_path_factory.mktemp("pairs")
