@@ -1,28 +1,35 @@
 """Accuracy by language of one or more runs, beside the paper's table; predictions for a user's own text.
 
     python evaluate.py runs/baseline runs/mc-bert runs/mc-bert-wf --data data/xnli --split test --out results/xnli
+    python evaluate.py runs/baseline --translate-train runs/de runs/es --data data/xnli --out results/xnli
     python evaluate.py runs/mc-bert-wf --input my.tsv --predictions out.tsv
 
 Reads   RUN/run.json, RUN/metrics.jsonl, RUN/epochs/K/ and DATA/SPLIT.*.tsv.
 Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npy, the logits, which a
         second call reads instead of the model, and origins.json, which data they are of. With --input: --predictions.
 Paper   sections 1.5 and 1.7, Table 1.
+
+Is one system better than another on the same rows, or is it luck? The rows of a test set are not independent (XNLI has
+three hypotheses a premise, and translations of one sentence), so whole clusters are resampled: Efron and Tibshirani
+(1993), section 8. What a resample varies is the test rows; the seeds are averaged over, not resampled.
 """
 import argparse
+import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import check_rows, encode, read_labels, read_split, read_table, split_languages, take, write_table
-from device import out_of_memory, pick_device, pick_precision
-from files import UserError, cli, in_range, load_array, markdown_table, read_json, sha256, write_atomic, write_json
-from model import load_model, predict, token_limit
-from runs import PAPER_LANGUAGES, choose_epochs, group_runs, paper_order, read_run
-from significance import bootstrap_difference, holm, mcnemar, premise_clusters, spread
+from common import (UserError, best_epochs, cli, in_range, load_array, markdown_table, out_of_memory, pick_device,
+                    pick_precision, read_json, sha256, spread, write_atomic, write_json)
+from data import (encode, eval_batches, kind, load_tokenizer, read_labels, read_sets, read_table, split_languages, take,
+                  write_table)
+from model import check_length, check_tokens, load_model, predict
 
-PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in the order of PAPER_LANGUAGES
+PAPER_LANGUAGES = "en zh es de ar ur".split()  # the columns of the paper's Table 1, in its order
+PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in that order
     "BERT, Translate-Train, cased": [81.9, 76.6, 77.8, 75.9, 70.7, 61.6],
     "BERT, Zero-Shot, uncased (baseline)": [81.4, 63.8, 74.3, 70.5, 62.1, 58.3],
     "MC-BERT, Zero-Shot, uncased": [81.8, 65.3, 74.7, 70.6, 62.4, 57.8],
@@ -33,21 +40,112 @@ PUBLISHED = {  # the same sets elsewhere, zero-shot
     "XLM-R base (He et al. 2021)": [85.8, 76.7, 80.7, 78.7, 73.8, 68.3],
     "mDeBERTa-v3 base (He et al. 2021)": [88.2, 79.5, 84.4, 82.7, 78.5, 72.4],
 }
+PROTOCOLS = {  # {table} stands for the source language
+    "last": "the last epoch", "mean": "the mean of the weights after each epoch",
+    "en": "best on the source language's own dev set ({source}), true zero-shot",
+    "joint": "best on the mean of the other languages' dev sets", "oracle": "each language at the best on its own dev set",
+    "test": "best on the mean of the other languages' test sets, as the paper did: too high by the choice"}
 
 
-# --- logits -----------------------------------------------------------------------------------------------------
+# --- what a run folder says --------------------------------------------------------------------------------------
 
-def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
-    """Logits of a run on a split, {language: (rows, C)}: saved ones where they fit the data, else from the model.
+def paper_order(languages):
+    """Languages in the order of the paper's Table 1, the others after them."""
+    return sorted(languages, key=lambda l: ([*PAPER_LANGUAGES, l].index(l), l))
 
-    epochs: {language: epoch}. Where a model is needed, it is loaded once for each epoch.
+
+def read_run(folder):
+    """A run's description (run.json) and the rows of its metrics.jsonl. UserError when they cannot be read."""
+    run = read_json(Path(folder) / "run.json", "train.py", {
+        "arguments": {"max_length": int, "train_language": str, "precision": str, "seed": int}, "labels": [str],
+        "pairs": bool, "data": {str: str}, "complete": bool})
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["epoch"] + row["accuracy"], row["split"] + row["language"], list(row["frozen_layers"])  # the checks
+        if not any(type(row["epoch"]) is int and row["split"] in ("dev", "test") for row in rows):
+            raise ValueError("no evaluation at the end of an epoch")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not what train.py writes ({error!r}): has it finished an epoch?") from None
+    return run, rows
+
+
+def choose_epochs(metrics, protocol, languages, source, folder):
+    """The epoch to report for each language, {language: epoch}, under a protocol: one of PROTOCOLS, or a number.
+
+    Ties go to the earlier epoch. UserError for a protocol whose dev (or test) sets are not there.
+    """
+    if protocol == "mean" or protocol.isdecimal():
+        return dict.fromkeys(languages, protocol if protocol == "mean" else int(protocol))
+    if protocol == "last":
+        return dict.fromkeys(languages, max(row["epoch"] for row in metrics if type(row["epoch"]) is int))
+    best, split = best_epochs(metrics, source), "test" if protocol == "test" else "dev"
+    needed = {language: language if protocol == "oracle" else source if protocol == "en" else protocol
+              for language in languages}
+    if missing := set(needed.values()) - set(best):
+        there = dict.fromkeys(row["language"] for row in metrics if row["split"] == split)
+        raise UserError(f"--epoch {protocol}: {folder} was evaluated on {split} in {' '.join(there) or 'no language'} "
+                        f"alone ({' '.join(sorted(missing))} is missing)" + " (train.py --track-test)" * (split == "test"))
+    return {language: best[name] for language, name in needed.items()}
+
+
+def group_runs(folders, runs):
+    """Runs that differ in nothing but the seed, together: {name: [index, ...]}, in the order given."""
+    groups = {}
+    for i, run in enumerate(runs):
+        settings = {key: value for key, value in run["arguments"].items() if key != "seed"}
+        same = [settings, *(run.get(key) for key in ("revision", "tokenizer", "labels", "data"))]
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(i)
+    named = {}
+    for members in groups.values():
+        name = Path(folders[members[0]]).name
+        name = re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", name) or name if len(members) > 1 else name
+        while name in named:
+            name += "'"
+        named[name] = members
+    return named
+
+
+# --- logits ------------------------------------------------------------------------------------------------------
+
+def load_epoch(folder, epoch, run):
+    """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products.
+
+    That is the run's --precision; fp16 without a GPU is "auto".
+    """
+    path = Path(folder) / "epochs" / str(epoch)
+    if not path.is_dir():
+        kept = sorted(p.name for p in path.parent.glob("[!.]*"))
+        raise UserError(f"{folder} did not keep epoch {epoch}, but {' '.join(kept) or 'none'}")
+    model, device, precision = load_model(path), pick_device(), run["arguments"]["precision"]
+    check_length(model.encoder, run["arguments"]["max_length"])
+    if model.labels != run["labels"] or model.pairs != run["pairs"]:
+        raise UserError(f"{path}/classifier.json and {folder}/run.json name different labels or texts")
+    precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
+    return model.to(device), load_tokenizer(path), pick_precision(precision, device)
+
+
+def predict_rows(model, tokenizer, dtype, rows, max_length, batch_size, desc):
+    """Logits of Rows by what load_epoch() gives: (N, C)."""
+    encoded = encode(tokenizer, rows, max_length)
+    check_tokens(model.encoder, encoded.ids)
+    with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
+        return predict(model, eval_batches(encoded, tokenizer.pad_token_id, max_length, batch_size),
+                       len(encoded.labels), dtype, desc)
+
+
+def run_logits(folder, run, epochs, data, split, sets, batch_size):
+    """Logits of a run, {language: (rows, C)}: saved ones where they fit the data, else from the model.
+
+    epochs: {language: epoch}; sets: {language: Rows}. Where a model is needed, it is loaded once for each epoch.
     """
     folder, logits, models = Path(folder), {}, {}
     for language, epoch in epochs.items():
         path = folder / "predictions" / str(epoch) / f"{split}.{language}.npy"
-        rows = take(read_split(data, split, language, run["labels"]), max_rows)
+        rows, saved = sets[language], path.parent / "origins.json"
         origin = {"sha256": sha256(Path(data) / f"{split}.{language}.tsv"), "rows": len(rows.labels)}
-        origins = read_json(path.parent / "origins.json", {}) if (path.parent / "origins.json").exists() else {}
+        origins = read_json(saved, "evaluate.py", {}) if saved.exists() else {}
         if origins.get(path.name) != origin or not path.exists():
             if epoch not in models:
                 models[epoch] = load_epoch(folder, epoch, run)
@@ -55,35 +153,104 @@ def run_logits(folder, run, epochs, data, split, max_rows, batch_size):
                                   f"{folder.name} epoch {epoch} {split} {language}")
             with write_atomic(path, "wb") as file:
                 np.save(file, values)
-            write_json(path.parent / "origins.json", {**origins, path.name: origin})
+            write_json(saved, {**origins, path.name: origin})
         logits[language] = np.array(load_array(path, (len(rows.labels), len(run["labels"])),
                                                remedy="delete it, and it is computed again"))
     return logits
 
 
-def load_epoch(folder, epoch, run):
-    """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products.
+# --- differences -------------------------------------------------------------------------------------------------
 
-    That is the run's --precision, so that dev accuracies are those of metrics.jsonl; fp16 without a GPU is "auto".
+def premise_clusters(rows):
+    """Number the rows' distinct premises in order of appearance: Rows -> (N,) int64; each single text is a cluster."""
+    numbers = {}
+    keys = rows.text_a if rows.text_b else range(len(rows.text_a))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def bootstrap_difference(differences, clusters, resamples=10_000, seed=0):
+    """Cluster bootstrap of mean differences between two systems on the same rows.
+
+    differences (N, L): for each row and language, correctness of A less that of B, each averaged over its seeds.
+    clusters (N,): the rows with one number are drawn together. Each resample draws as many clusters as there are, with
+    replacement, the same ones in every language.
+
+    Returns the mean (L,), the 95 % interval's ends (L,), (L,) by percentiles, and the two-sided p-value (L,): twice the
+    smaller share of resamples on either side of 0, which inverts that interval.
     """
-    path = Path(folder) / "epochs" / str(epoch)
-    if not path.is_dir():
-        kept = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdecimal())
-        raise UserError(f"{folder} did not keep epoch {epoch}, but {' '.join(map(str, kept)) or 'none'}")
-    model, tokenizer = load_model(path)
-    token_limit(model.encoder, run["arguments"]["max_length"])
-    if model.labels != run["labels"]:
-        raise UserError(f"{path}/classifier.json and {folder}/run.json name different labels")
-    device, precision = pick_device(), run["arguments"]["precision"]
-    precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
-    return model.to(device), tokenizer, pick_precision(precision, device)
+    differences = np.asarray(differences, dtype=float)
+    count = int(clusters.max()) + 1
+    sums = np.zeros((count, differences.shape[1]))
+    np.add.at(sums, clusters, differences)
+    sizes = np.bincount(clusters, minlength=count).astype(float)
+    random, draws, chunk = np.random.default_rng(seed), [], max(1, min(1000, 10_000_000 // count))  # to bound memory
+    for start in range(0, resamples, chunk):
+        n = min(chunk, resamples - start)
+        picked = random.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
+        weights = np.bincount(picked.ravel(), minlength=n * count).reshape(n, count).astype(float)
+        draws.append(weights @ sums / (weights @ sizes)[:, None])
+    draws = np.concatenate(draws)                                                       # (resamples, L)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    # a mean that is 0 but for rounding counts on both sides
+    tails = [(1 + (sign * draws <= 1e-12).sum(0)) / (resamples + 1) for sign in (1, -1)]
+    return differences.mean(0), low, high, np.minimum(1, 2 * np.minimum(*tails))
 
 
-def predict_rows(model, tokenizer, dtype, rows, max_length, batch_size, desc):
-    """Logits of Rows by what load_epoch() gives: (N, C)."""
-    encoded = encode(tokenizer, rows, max_length)
-    with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
-        return predict(model, encoded, tokenizer.pad_token_id, dtype, max_length, batch_size, desc)
+def holm(p_values):
+    """Holm's (1979) step-down correction of several p-values: (L,) -> (L,), each at least as large as before."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty_like(p_values)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * (len(p_values) - np.arange(len(p_values)))))
+    return corrected
+
+
+def mcnemar(right_a, right_b):
+    """McNemar's (1947) exact test of two single runs, from the rows where just one is right: two-sided p-value.
+
+    right_a, right_b: (N,) bool. Rows count as independent here, which clusters are not: information, not the verdict.
+    """
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    n = only_a + only_b
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2 ** n)
+
+
+def parallel(sets):
+    """Whether the languages of {language: Rows} have the same classes row by row, as translations have."""
+    first, *others = sets.values()
+    return all(rows.labels == first.labels for rows in others)
+
+
+def difference(right, baseline, sets, sources, resamples):
+    """A system against another on the same rows: {language: difference, interval, p-values}.
+
+    right, baseline: lists of each run's {language: (N,) bool}; sets: {language: Rows}. Where rows are parallel,
+    `others` is the mean over the languages that are not in `sources`, and resamples are of the same rows in every
+    language. The Holm correction is over the languages, not over it.
+    """
+    shared = [language for language in sets if any(language in run for run in right)
+              and any(language in run for run in baseline)]
+
+    def mean(runs, language):
+        return np.mean([run[language] for run in runs if language in run], axis=0)
+
+    columns = {language: mean(right, language) - mean(baseline, language) for language in shared}
+    groups = [[language] for language in shared]
+    if shared and parallel({language: sets[language] for language in shared}):
+        others = [columns[language] for language in shared if language not in sources]
+        columns |= {"others": np.mean(others, axis=0)} if len(others) > 1 else {}
+        groups = [list(columns)]
+    rows = {}
+    for group in groups:
+        clusters = premise_clusters(sets[next((source for source in sources if source in group), group[0])])
+        found = bootstrap_difference(np.stack([columns[name] for name in group], axis=1), clusters, resamples)
+        rows |= {name: dict(zip(("difference", "low", "high", "p"), map(float, values)))
+                 for name, values in zip(group, zip(*found))}
+    for language, p in zip(shared, holm([rows[language]["p"] for language in shared])):
+        rows[language]["p_holm"] = float(p)
+        if len(right) == len(baseline) == 1:
+            rows[language]["p_mcnemar"] = mcnemar(right[0][language], baseline[0][language])
+    return rows
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -91,34 +258,21 @@ def predict_rows(model, tokenizer, dtype, rows, max_length, batch_size, desc):
 def is_xnli(data):
     """Whether a data set folder was made from the XNLI archives."""
     path = Path(data) / "sources.json"
-    return path.exists() and any("XNLI" in str(source) for source in read_json(path, {}).values())
+    return path.exists() and any("XNLI" in str(source) for source in read_json(path, "data.py", {}).values())
 
 
-def evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size):
-    """One run on a split: what results.json says of it, and whether it is right on each row, {language: (N,) bool}.
-
-    truth: {language: (N,) classes}. A run that was trained on another language than English counts in that one alone.
-    """
-    run, history = read_run(folder)
-    trained = run["arguments"]["train_language"]
-    languages = list(truth) if trained == "en" else [trained] if trained in truth else []
-    protocols = {}
-    for name in dict.fromkeys([protocol, "last", "en", "joint", "oracle", "test"]):
-        try:
-            epochs = choose_epochs(history, name, languages, folder)
-        except UserError:
-            if name == protocol:
-                raise
-            continue  # the sets that protocol looks at were not evaluated
-        if name != protocol and not all((Path(folder) / "epochs" / str(k)).is_dir() for k in epochs.values()):
-            continue  # its epoch was not kept
-        logits = run_logits(folder, run, epochs, data, split, max_rows, batch_size)
-        right = {language: values.argmax(1) == truth[language] for language, values in logits.items()}
-        protocols[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
-        if name == protocol:
-            shown = right
-    return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": trained, **protocols[protocol],
-            "protocols": protocols}, shown
+def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, batch_size):
+    """One run in some languages: what results.json says of it, and whether it is right on each row under the first of
+    the protocols, {language: (N,) bool}. sets: {language: Rows}."""
+    source, found, shown = run["arguments"]["train_language"], {}, None
+    for name in protocols:
+        epochs = choose_epochs(metrics, name, languages, source, folder)
+        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
+        right = {language: values.argmax(1) == sets[language].labels for language, values in logits.items()}
+        found[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
+        shown = right if shown is None else shown
+    return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": source, **found[protocols[0]],
+            "protocols": found}, shown
 
 
 def average(dicts):
@@ -131,121 +285,110 @@ def average(dicts):
             {language: float(spread(v)) for language, v in values.items()})
 
 
-def difference(right, baseline, clusters, resamples):
-    """A system against another on the same rows: {language: difference, interval, p-values}.
+def chance_warnings(score, sets):
+    """A sentence for each language in which a run is near the share of the largest class."""
+    for language, accuracy in score["accuracy"].items():
+        chance = np.bincount(sets[language].labels).max() / len(sets[language].labels)
+        if accuracy < chance + 0.02:
+            yield (f"{score['run']} has {100 * accuracy:.1f} in {language}, within 2 points of chance "
+                   f"({100 * chance:.1f}, the largest class): it learned nothing that carries over")
 
-    right, baseline: lists of each run's {language: (N,) bool}. `others` is the mean over the non-English languages; the
-    Holm correction is over the languages, not over it.
+
+def compare(folders, translate, data, split, protocols, baseline, max_rows, batch_size, resamples):
+    """Evaluate runs on a split: the content of results.json, with accuracies as fractions.
+
+    `translate`: further runs that make one system, each counting in its own source language alone.
     """
-    there = dict.fromkeys(language for run in right for language in run)
-    shared = [language for language in there if any(language in run for run in baseline)]
-    if not shared:
-        return {}
-
-    def mean(runs, language):
-        return np.mean([run[language] for run in runs if language in run], axis=0)
-
-    columns = {language: mean(right, language) - mean(baseline, language) for language in shared}
-    others = [column for language, column in columns.items() if language != "en"]
-    if len(others) > 1:
-        columns["others"] = np.mean(others, axis=0)
-    found = bootstrap_difference(np.stack(list(columns.values()), axis=1), clusters, resamples)
-    rows = {language: dict(zip(("difference", "low", "high", "p"), map(float, values)))
-            for language, values in zip(columns, zip(*found))}
-    for language, p in zip(shared, holm([rows[language]["p"] for language in shared])):
-        rows[language]["p_holm"] = float(p)
-        if len(right) == len(baseline) == 1:
-            rows[language]["p_mcnemar"] = mcnemar(right[0][language], baseline[0][language])
-    return rows
-
-
-def compare(folders, data, split, protocol, baseline, max_rows, batch_size, resamples):
-    """Evaluate runs on a split: the content of results.json, with accuracies as fractions."""
     labels = read_labels(data)
+    everything = [read_run(folder) for folder in [*folders, *translate]]
+    sources = list(dict.fromkeys(run["arguments"]["train_language"] for run, _ in everything[:len(folders)]))
     languages = paper_order(split_languages(data, split))
     if not languages:
         raise UserError(f"{data} has no {split} file")
-    rows = {language: take(read_split(data, split, language, labels), max_rows) for language in languages}
-    truth = {language: np.array(row.labels) for language, row in rows.items()}
-    runs, histories = zip(*map(read_run, folders))
-    for folder, run in zip(folders, runs):
+    for folder, (run, _) in zip([*folders, *translate], everything):
         if run["labels"] != labels:
             raise UserError(f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
                             f"{data}/labels.txt says {' '.join(labels[:6])}")
-    groups = group_runs(folders, runs)
-    if len(groups) > 1:
-        check_rows(rows, data, split)
+        sets = read_sets(data, [(split, language) for language in languages], labels, run["pairs"])
+    sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
+    groups = group_runs(folders, [run for run, _ in everything[:len(folders)]])
     baseline = next(iter(groups)) if baseline is None else baseline
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
-    scores, right = zip(*(evaluate_run(folder, truth, data, split, protocol, max_rows, batch_size)
-                          for folder in folders))
-    warnings = [f"{folder} is not finished: its last epoch so far is {max(history)}"
-                for folder, run, history in zip(folders, runs, histories) if not run["complete"]]
-    for score in scores:
-        for language, accuracy in score["accuracy"].items():
-            chance = np.bincount(truth[language]).max() / len(truth[language])
-            if accuracy < chance + 0.02:
-                warnings.append(f"{score['run']} has {100 * accuracy:.1f} in {language}, within 2 points of chance "
-                                f"({100 * chance:.1f}, the largest class): it learned nothing that carries over")
-    clusters = premise_clusters(rows["en" if "en" in rows else languages[0]])
+    groups |= {"Translate-Train": range(len(folders), len(everything))} if translate else {}
+    scores, right = [], []
+    for i, (folder, (run, metrics)) in enumerate(zip([*folders, *translate], everything)):
+        own = [language for language in languages if language == run["arguments"]["train_language"]]
+        score, correct = evaluate_run(folder, run, metrics, languages if i < len(folders) else own, sets, data, split,
+                                      protocols, batch_size)
+        scores.append(score)
+        right.append(correct)
+    warnings = [f"{folder} is not finished: its last epoch so far is {max(row['epoch'] for row in metrics)}"
+                for folder, (run, metrics) in zip([*folders, *translate], everything) if not run["complete"]]
+    warnings += [warning for score in scores for warning in chance_warnings(score, sets)]
     systems = []
     for name, members in groups.items():
         mean, std = average(scores[i]["accuracy"] for i in members)
-        system = {"name": name, "runs": [scores[i] for i in members], "mean": mean, "std": std,
-                  "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
-                                for p in scores[members[0]]["protocols"]
-                                if all(p in scores[i]["protocols"] for i in members)}}
+        systems.append({"name": name, "train_language": scores[members[0]]["train_language"] if name != "Translate-Train"
+                        else "each its own", "runs": [scores[i] for i in members], "mean": mean, "std": std,
+                        "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
+                                      for p in protocols}})
         if name != baseline:
-            system["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]],
-                                              clusters, resamples)
-        systems.append(system)
-    return {"data": str(data), "split": split, "epoch": protocol, "rows": {l: len(t) for l, t in truth.items()},
+            systems[-1]["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]],
+                                                   sets, sources, resamples)
+    return {"data": str(data), "split": split, "epoch": protocols[0],
+            "rows": {language: len(rows.labels) for language, rows in sets.items()},
             "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
 
 
 def report(results):
     """results.json's content as Markdown, in percent."""
-    languages = list(results["rows"])
+    languages, systems = list(results["rows"]), results["systems"]
     compared = [l for l in languages if l in PAPER_LANGUAGES or "paper" not in results]
+    sources = list(dict.fromkeys(system["train_language"] for system in systems))
+    source = " ".join(sources) if len(sources) == 1 else "of each system"
 
-    def row(name, scores, spread=None):
-        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * spread[l]:.1f}" if spread else "") if l in scores else ""
+    def row(name, scores, deviation=None):
+        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * deviation[l]:.1f}" if deviation else "") if l in scores else ""
                  for l in languages]
         whole = set(compared) <= set(scores)
         return [name, *shown, f"{100 * np.mean([scores[l] for l in compared]):.1f}" if whole else ""]
 
-    def mean_of(scores, english):
-        there = [value for language, value in scores.items() if (language == "en") == english]
+    def mean_of(system, protocol, own):
+        there = [value for language, value in system["protocols"][protocol].items()
+                 if (language == system["train_language"]) == own]
         return f"{100 * np.mean(there):.1f}" if there else ""
 
-    rows = [row(f"{source}: {name}", results[source][name])
-            for source in ("paper", "published") for name in results.get(source, {})]
-    for system in results["systems"]:
+    rows = [row(f"{origin}: {name}", results[origin][name])
+            for origin in ("paper", "published") for name in results.get(origin, {})]
+    several = any(len({run["seed"] for run in system["runs"]}) > 1 for system in systems)
+    for system in systems:
         seeds = len({run["seed"] for run in system["runs"]})
-        rows.append(row(system["name"] + f" ({seeds} seeds)" * (seeds > 1), system["mean"],
-                        system["std"] if seeds > 1 else None))
+        rows.append(row(system["name"] + f" (from {system['train_language']})" * (len(sources) > 1)
+                        + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
+    counts = [f"{min(results['rows'].values()):,} rows a language"] if len(set(results["rows"].values())) == 1 else \
+        ["rows: " + ", ".join(f"{language} {count:,}" for language, count in results["rows"].items())]
+    told = "; ± is the standard deviation over seeds" * several
+    epoch = PROTOCOLS.get(results["epoch"], f"number {results['epoch']}").format(source=source)
     mean = "mean" if compared == languages else f"mean of {' '.join(compared)}"
-    text = f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; epoch: {results['epoch']}"
-    several = any(len({run["seed"] for run in system["runs"]}) > 1 for system in results["systems"])
-    text += "; ± is the standard deviation over seeds" * several
-    text += f"; {min(results['rows'].values()):,} rows a language.\n\n"
-    text += markdown_table(["system", *languages, mean], rows) + "\n"
-    names = list(dict.fromkeys(p for system in results["systems"] for p in system["protocols"]))
-    text += ("\nThe same runs at the epoch that each protocol chooses, English / mean of the other languages. "
-             "`en`: best on English dev, true zero-shot;\n"
-             "`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev"
-             + "; `test`: on the other languages'\ntest sets, as the paper did: too high by the choice"
-             * ("test" in names) + ".\n\n")
-    text += markdown_table(["system", *names], [[system["name"], *(
-        f"{mean_of(system['protocols'].get(p, {}), True)} / {mean_of(system['protocols'].get(p, {}), False)}"
-        for p in names)] for system in results["systems"]]) + "\n"
-    compared_systems = [system for system in results["systems"] if system.get("difference")]
+    text = (f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; trained on {', '.join(sources)}; "
+            f"epoch: {results['epoch']} ({epoch}){told}; {counts[0]}.\n\n"
+            + markdown_table(["system", *languages, mean], rows) + "\n")
+    protocols = list(systems[0]["protocols"])
+    if len(protocols) > 1:
+        text += ("\nThe same runs at the epoch that each protocol chooses, source language / mean of the others.\n"
+                 + ";\n".join(f"`{p}`: {PROTOCOLS.get(p, 'that epoch').format(source=source)}" for p in protocols)
+                 + ".\n\n" + markdown_table(["system", *protocols], [
+                     [system["name"], *(f"{mean_of(system, p, True)} / {mean_of(system, p, False)}" for p in protocols)]
+                     for system in systems]) + "\n")
+    compared_systems = [system for system in systems if system.get("difference")]
     if compared_systems:
         columns = [l for l in [*languages, "others"] if any(l in system["difference"] for system in compared_systems)]
         text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the "
                  f"rows, clustered by premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction "
-                 "over the languages; `others`: mean of the non-English languages, not corrected.\n\n")
+                 "over the languages; " + ("`others`: mean of the languages that are not the source, not corrected.\n\n"
+                                           if "others" in columns else
+                                           "the languages' rows are no translations: no mean over them.\n\n"))
         text += markdown_table(["system", *columns], [
             [system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
             for system in compared_systems]) + "\n"
@@ -264,35 +407,43 @@ def shown_difference(entry):
 
 def label_input(folder, protocol, source, target, batch_size):
     """Write a copy of a .tsv of texts with the predicted label and each label's probability beside every row."""
-    run, history = read_run(folder)
-    labels = run["labels"]
-    rows = read_table(source, labels)
-    epoch = next(iter(choose_epochs(history, protocol, ["en"], folder).values()))
+    run, metrics = read_run(folder)
+    labels, trained = run["labels"], run["arguments"]["train_language"]
+    rows, columns = read_table(source, labels, unknown=True)
+    if (rows.text_b is not None) != run["pairs"]:
+        raise UserError(f"{source} holds {kind(not run['pairs'])}, {folder} was trained on {kind(run['pairs'])}")
+    epoch = choose_epochs(metrics, protocol, [trained], trained, folder)[trained]
     logits = predict_rows(*load_epoch(folder, epoch, run), rows, run["arguments"]["max_length"], batch_size,
                           str(source))
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
-    columns = rows.columns(labels) | {"prediction": [labels[i] for i in logits.argmax(1)]}
+    columns |= {"prediction": [labels[i] for i in logits.argmax(1)]}
     columns |= {f"p_{label}": [f"{p:.6f}" for p in column] for label, column in zip(labels, probabilities.T)}
     write_table(target, columns)
+    known = np.array(rows.labels or [-1]) >= 0
     print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
-          + (f"; accuracy {100 * (logits.argmax(1) == rows.labels).mean():.1f}" if rows.labels else ""))
+          + (f"; accuracy {100 * (logits.argmax(1) == rows.labels)[known].mean():.1f} on the {known.sum():,} whose label "
+             "is known" if known.any() else ""))
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("runs", nargs="+",
                         help="run folders of train.py; those that differ only in --seed are averaged")
-    parser.add_argument("--epoch", default="last", metavar="last|en|joint|oracle|test|K",
-                        help="epoch to report: the last (default); the best on English dev (en, true zero-shot), on "
-                             "the mean of the other languages' dev (joint), for each language on its own dev (oracle); "
-                             "on the mean of the non-English test sets (test: the paper's own way; its accuracies are "
-                             "too high by the choice; needs train.py --track-test); or a number")
+    parser.add_argument("--epoch", nargs="+", default=["last"], metavar="last|mean|en|joint|oracle|test|K",
+                        help="epochs to report, the first in the table: the last (default); the mean of the weights after "
+                             "each; the best on the source language's dev (en, true zero-shot), on the mean of the other "
+                             "languages' dev (joint), for each language on its own dev (oracle); on the mean of the other "
+                             "languages' test sets (test: the paper's own way; its accuracies are too high by the "
+                             "choice; needs train.py --track-test); or a number")
     parser.add_argument("--batch-size", type=in_range(int, 1), default=64,
                         help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
     group.add_argument("--data", help="data set folder")
     group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
     group.add_argument("--out", help="folder for results.json and results.md")
+    group.add_argument("--translate-train", nargs="+", default=[], metavar="RUN",
+                       help="runs trained on other languages, which make one row: each counts in its own language")
     group.add_argument("--max-rows", type=in_range(int, 1), metavar="N",
                        help="evaluate on N rows of each file, spread evenly (default: all)")
     group.add_argument("--baseline", metavar="NAME",
@@ -301,28 +452,30 @@ def parse_args(argv):
                        help="of the bootstrap (default: 10000)")
     group = parser.add_argument_group("your own text, with one run")
     group.add_argument("--input", metavar="TSV",
-                       help="file with a header text or text_a, text_b, and label where it is known")
+                       help="file with a header: text, or text_a and text_b; label where it is known; any other columns")
     group.add_argument("--predictions", metavar="TSV",
                        help="file to write: the input with predictions and probabilities")
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"last|en|joint|oracle|test|\d+", args.epoch):
-        parser.error(f"--epoch {args.epoch}: expected last, en, joint, oracle, test or a number")
+    for epoch in args.epoch:
+        if epoch not in PROTOCOLS and not re.fullmatch(r"\d+", epoch):
+            parser.error(f"--epoch {epoch}: expected {', '.join(PROTOCOLS)} or a number")
     if args.input is None and (args.data is None or args.out is None):
         parser.error("give --data and --out for a table, or --input and --predictions for your own text")
-    if args.input is not None and (args.predictions is None or len(args.runs) > 1 or args.epoch == "oracle"):
-        parser.error("--input needs --predictions, exactly one run, and another --epoch than oracle")
-    if args.input is not None and (args.data or args.out or args.max_rows or args.baseline):
-        parser.error("--input labels your own text: leave out --data, --out, --max-rows and --baseline")
+    if args.input is not None and (args.predictions is None or len(args.runs) > 1 or args.epoch[0] == "oracle"
+                                   or len(args.epoch) > 1):
+        parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
+    if args.input is not None and (args.data or args.out or args.max_rows or args.baseline or args.translate_train):
+        parser.error("--input labels your own text: leave out --data, --out, --max-rows, --baseline, --translate-train")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.input is not None:
-        label_input(args.runs[0], args.epoch, args.input, args.predictions, args.batch_size)
+        label_input(args.runs[0], args.epoch[0], args.input, args.predictions, args.batch_size)
         return 0
-    results = compare(args.runs, args.data, args.split, args.epoch, args.baseline, args.max_rows, args.batch_size,
-                      args.resamples)
+    results = compare(args.runs, args.translate_train, args.data, args.split, list(dict.fromkeys(args.epoch)),
+                      args.baseline, args.max_rows, args.batch_size, args.resamples)
     if args.split == "test" and is_xnli(args.data):
         for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
             results[key] = {name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}

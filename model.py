@@ -6,8 +6,6 @@ Letters in comments:  B batch  T tokens  D hidden size  L layers  N rows  M mode
 Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block k, counted from 1, so that
 `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
 """
-import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,34 +17,84 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
-from data import collate, sorted_batches
-from device import Dropout, autocast, start_processes, to_device
-from files import UserError, first_line, read_json, sha256, write_json
+from common import UserError, autocast, check_model_name, first_line, read_json, sha256, to_device, write_json
 
-POOLINGS = ("max", "mean", "cls")
+# --- pooling: a new one is a line here, and all scripts have it --------------------------------------------------
+
+POOLINGS = {  # (B, T, D) float32 states, (B, T, 1) bool mask of the tokens, [CLS] and [SEP] included -> (B, D)
+    "max": lambda states, tokens: states.masked_fill(~tokens, -torch.inf).amax(dim=1),
+    "mean": lambda states, tokens: states.masked_fill(~tokens, 0).sum(dim=1) / tokens.sum(dim=1),
+    "cls": lambda states, tokens: states[:, 0],
+}
 
 
-# --- the encoder, its blocks, and freezing -----------------------------------------------------------------------
+def pool(states, mask, pooling):
+    """Pool one layer's states over the tokens, in float32: (B, T, D), (B, T) -> (B, D)."""
+    return POOLINGS[pooling](states.float(), mask.bool()[:, :, None])
 
-def inner_encoder(encoder):
-    """The part of an encoder that runs its blocks one after the other: the list of them is its `layer`."""
-    inner = getattr(encoder, "encoder", None) or getattr(encoder, "transformer", None)
-    if not isinstance(getattr(inner, "layer", None), nn.ModuleList):
-        raise UserError(f"{type(encoder).__name__} is not an encoder whose blocks are known here (as BERT, XLM-R, "
-                        "DistilBERT, DeBERTa)")
-    return inner
 
+# --- the encoder, its layers, and freezing -----------------------------------------------------------------------
 
 def blocks(encoder):
     """The encoder's nn.ModuleList of transformer blocks; layer k is block k - 1 of it."""
-    return inner_encoder(encoder).layer
+    count, found = getattr(encoder.config, "num_hidden_layers", None), {}
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and not name.startswith(tuple(found)):
+            found[f"{name}."] = module
+    if len(found) != 1:
+        raise UserError(f"{type(encoder).__name__} is no encoder that can be used here: it has {len(found)} lists of "
+                        f"{count} blocks, where BERT has one")
+    return next(iter(found.values()))
 
 
-def layer_module(encoder, layer):
-    """The module whose output is `layer`: the embeddings (0) or block `layer`, counted from 1."""
-    return encoder.embeddings if layer == 0 else blocks(encoder)[layer - 1]
+def hidden_states(encoder, batch):
+    """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if getattr(encoder.config, "type_vocab_size", 0) > 1:  # XLM-R has one type, DistilBERT takes none
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    output = encoder(**inputs, output_hidden_states=True)
+    return output.hidden_states or (output.last_hidden_state,), output  # no blocks: the embeddings alone
+
+
+def probe_batch(encoder):
+    """Two rows of nine tokens and four of padding, (2, 13), that differ in the last token alone."""
+    pad = encoder.config.pad_token_id or 0
+    row = [i for i in range(min(encoder.get_input_embeddings().num_embeddings, 30)) if i != pad][-9:]
+    rows = [row + [pad] * 4, [*row[:-1], row[0]] + [pad] * 4]
+    ids = torch.tensor(rows, device=encoder.device)
+    return {"input_ids": ids, "attention_mask": (ids != pad).long(), "token_type_ids": torch.zeros_like(ids)}
+
+
+@torch.no_grad()
+def probe(encoder):
+    """The states of a small batch, dropout off: what an encoder is known by. UserError, with its class, where it is
+    none that can be used here: its states are not those of its blocks, padding changes them, or the first token's do
+    not see the last one."""
+    mode, name, problem = encoder.training, type(encoder).__name__, None
+    encoder.eval()
+    try:
+        batch = probe_batch(encoder)
+        states = hidden_states(encoder, batch)[0]
+        short = hidden_states(encoder, {key: value[:1, :9] for key, value in batch.items()})[0]
+        if len(states) != len(blocks(encoder)) + 1:
+            problem = f"gives {len(states)} hidden states for {len(blocks(encoder))} blocks"
+        elif any(layer.shape != (2, 13, encoder.config.hidden_size) for layer in states):
+            problem = "gives hidden states of other shapes than (rows, tokens, hidden size)"
+        elif not all(torch.allclose(long[:1, :9], alone, rtol=1e-3, atol=1e-4) for long, alone in zip(states, short)):
+            problem = "gives other states where a row is padded"
+        elif len(states) > 1 and torch.equal(states[-1][0, 0], states[-1][1, 0]):
+            problem = "reads from left to right: its first token does not see the others"
+    except UserError:
+        raise
+    except Exception as error:  # whatever an unknown encoder wants: a language for each row, a decoder's input, ...
+        problem = f"cannot be run on token ids and a mask alone ({first_line(error)})"
+    finally:
+        encoder.train(mode)
+    if problem:
+        raise UserError(f"{name} is no encoder that can be used here: it {problem}")
+    return states
 
 
 def check_layers(layers, count, flag):
@@ -59,40 +107,94 @@ def check_layers(layers, count, flag):
 
 
 def cut_after(encoder, layer):
-    """Drop the blocks above `layer`: nothing that reads layers up to it can see the difference."""
-    if layer == 0 and encoder.config.model_type.startswith("deberta"):  # transformers' DeBERTa needs a block to run
-        raise UserError(f"layer 0: {type(encoder).__name__} gives no states without a block; "
-                        "name a layer from 1 on as well")
-    del blocks(encoder)[layer:]
-    encoder.config.num_hidden_layers = layer  # DistilBERT's n_layers is an alias of it
+    """Drop the blocks above `layer`: nothing that reads layers up to it can see the difference.
+
+    Where something runs after the last block (a norm, in pre-norm encoders) it must not run after this layer: then one
+    block more is kept, whose output nobody reads. Returns how many blocks are left.
+    """
+    stack, expected = blocks(encoder), probe(encoder)
+    everything, types = list(stack), getattr(encoder.config, "layer_types", None)
+    for count in dict.fromkeys((layer, min(layer + 1, len(everything)), len(everything))):
+        del stack[:]
+        stack.extend(everything[:count])
+        encoder.config.num_hidden_layers = count  # DistilBERT's n_layers is an alias of it
+        if types:
+            encoder.config.layer_types = types[:count]
+        try:
+            found = probe(encoder)
+        except UserError:  # DeBERTa cannot run without a block
+            continue
+        if all(map(torch.equal, expected[:layer + 1], found)):
+            return count
 
 
-def layer_parameters(encoder, layers):
-    """The parameters of these layers; those above the cut have none."""
-    return [parameter for layer in layers if layer <= len(blocks(encoder))
-            for parameter in layer_module(encoder, layer).parameters()]
+def parameter_layers(encoder, top):
+    """Which layers up to `top` read each parameter, by name: {name: (first, last)}; those that none reads are left out.
+
+    Those of block k are read by layer k; of the others (embeddings, a projection beside them, relative positions, a
+    last norm) the first reader is the lowest layer whose states depend on them, and, but for those of layer 0, all
+    layers above may read them too.
+    """
+    stack, batch, wanted = blocks(encoder), probe_batch(encoder), [p.requires_grad for p in encoder.parameters()]
+    owner = {id(p): (k, k) for k, block in enumerate(stack, 1) for p in block.parameters()}
+    readers = {}
+    for name, parameter in encoder.named_parameters():
+        if id(parameter) not in owner:
+            for other in encoder.parameters():
+                other.requires_grad = other is parameter
+            states = hidden_states(encoder, batch)[0]
+            first = next((k for k, layer in enumerate(states) if layer.requires_grad), None)
+            owner[id(parameter)] = (first, top if first else 0) if first is not None else (top + 1, top + 1)
+        readers[name] = owner[id(parameter)]
+    for parameter, before in zip(encoder.parameters(), wanted):
+        parameter.requires_grad = before
+    return {name: found for name, found in readers.items() if found[0] <= top}
 
 
-def freeze_layers(encoder, layers):
+def freeze_layers(encoder, layers, readers):
     """Stop training exactly these layers (paper section 1.6): requires_grad off and the gradient gone.
 
-    Dropout in them stays on, as in the paper. Returns the parameters frozen now.
+    readers: of parameter_layers(). A parameter is frozen when every layer that reads it is. Dropout stays on, as in the
+    paper. Returns the parameters frozen now.
     """
-    frozen = [parameter for parameter in layer_parameters(encoder, layers) if parameter.requires_grad]
+    frozen = [parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad
+              and name in readers and set(range(readers[name][0], readers[name][1] + 1)) <= set(layers)]
     for parameter in frozen:
         parameter.requires_grad, parameter.grad = False, None
     return frozen
 
 
+# --- token ids and the table of word embeddings ------------------------------------------------------------------
+
+def token_limit(encoder):
+    """Tokens that a row may have: the table of positions less what padding takes of it, or what the config says."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name:
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return max(getattr(encoder.config, "max_position_embeddings", 0), 0) or 1 << 20
+
+
+def check_length(encoder, max_length):
+    """UserError when rows of `max_length` tokens do not fit the encoder's positions."""
+    if not 3 <= max_length <= token_limit(encoder):
+        raise UserError(f"--max-length {max_length}: expected 3 to {token_limit(encoder)}, the positions this encoder has")
+
+
+def check_tokens(encoder, ids):
+    """UserError when a token id of an array is not in the encoder's table."""
+    if ids.max() >= encoder.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer gives token {ids.max()}, the encoder knows "
+                        f"{encoder.get_input_embeddings().num_embeddings:,}: was resize_token_embeddings() forgotten?")
+
+
 def keep_tokens(encoder, ids, pad_id):
     """Keep only the rows of the word embeddings that the token `ids` use, and those up to [PAD], whose number stays.
 
-    Exact: the others get no gradient, yet Adam, clipping and the gradient itself would go over all of them at every
-    step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32. UserError for an id too high.
+    The others get no gradient and rest, under weight decay too; yet Adam, clipping and the gradient itself would go
+    over all of them at every step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32.
     """
+    check_tokens(encoder, ids)
     whole = encoder.get_input_embeddings()
-    if max(ids) >= whole.num_embeddings:
-        raise UserError(f"the tokenizer gives token {max(ids)}, the encoder knows {whole.num_embeddings:,}")
     used = np.zeros(whole.num_embeddings, dtype=bool)
     used[ids] = True
     used[:max(pad_id, whole.padding_idx or 0) + 1] = True
@@ -103,100 +205,53 @@ def keep_tokens(encoder, ids, pad_id):
     return (np.cumsum(used) - 1).astype(np.int32)
 
 
-def whole_state(encoder, decay=1.0):
-    """The encoder's state_dict with all rows of the word embeddings; those left out by keep_tokens() times `decay`."""
+def whole_state(encoder):
+    """The encoder's state_dict with all rows of the word embeddings."""
     state = encoder.state_dict()
     if hasattr(encoder, "whole_table"):
         table = encoder.get_input_embeddings().weight
         name = next(name for name, parameter in encoder.named_parameters() if parameter is table)
-        state[name] = (encoder.whole_table * decay).index_copy(0, encoder.kept_rows, table.detach().cpu())
+        state[name] = encoder.whole_table.index_copy(0, encoder.kept_rows, table.detach().cpu())
     return state
 
 
-class Given(nn.Module):
-    """In the place of the embeddings: gives states that are known already."""
-
-    def __init__(self, states):
-        super().__init__()
-        self.states = states
-
-    def forward(self, *_, **__):
-        return self.states
-
-
-@contextlib.contextmanager
-def part_of(encoder, low, high=None, states=None):
-    """Inside, the encoder has only the blocks after layer `low`, up to `high`; where `states` (B, T, D) of layer `low`
-    are given it begins with them."""
-    inner, embeddings = inner_encoder(encoder), encoder.embeddings
-    whole, inner.layer = inner.layer, inner.layer[low:high]
-    encoder.embeddings = embeddings if states is None else Given(states)
-    try:
-        yield
-    finally:
-        inner.layer, encoder.embeddings = whole, embeddings
-
-
-def hidden_states(encoder, batch):
-    """All layers' states of a batch, embeddings first: a tuple of (B, T, D); and transformers' own output.
-
-    Where the batch brings `states`, (B, T, D) of layer `encoder.given`, what is below is not run, its states are None.
-    """
-    if "states" in batch:
-        low, batch = encoder.given, dict(batch)
-        with part_of(encoder, low, states=batch.pop("states").float()):
-            states, output = hidden_states(encoder, batch)
-        return (None,) * low + states, output
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if getattr(encoder.config, "type_vocab_size", 0) > 1:  # XLM-R has one type, DistilBERT takes none
-        inputs["token_type_ids"] = batch["token_type_ids"]
-    output = encoder(**inputs, output_hidden_states=True)
-    return output.hidden_states or (output.last_hidden_state,), output  # no blocks: the embeddings alone
-
-
-# --- pooling and the classifier ----------------------------------------------------------------------------------
-
-def pool(states, mask, pooling):
-    """Pool a layer's states over the tokens, [CLS] and [SEP] included, in float32: (B, T, D), (B, T) -> (B, D)."""
-    if pooling == "cls":
-        return states[:, 0].float()
-    inside = mask.bool()[:, :, None]                                                    # (B, T, 1)
-    if pooling == "max":
-        return states.float().masked_fill(~inside, -torch.inf).amax(dim=1)
-    return states.float().masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)
-
+# --- the classifier ----------------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
     """An encoder with a classifier on top.
 
     head "layers": the pooled states of the chosen layers, concatenated -> dropout -> linear (the paper's model);
-                   with `hidden` > 0 a ReLU layer of that size and a second dropout stand between (its conclusion 8).
+                   with `hidden` > 0 a ReLU layer of that size and a second dropout stand between (its conclusion 8);
+                   with combine "mix" their sum with learned softmax weights in the place of the concatenation.
     head "pooler": [CLS] of the last layer -> the pretrained dense + tanh -> dropout -> linear (BERT's own head).
+    `pairs` says whether it was trained on pairs of texts.
     """
 
-    def __init__(self, encoder, labels, head="layers", layers=(6, 8, 11), pooling="max", dropout=0.1, hidden=0):
+    def __init__(self, encoder, labels, head="layers", layers=(6, 8, 11), pooling="max", combine="concat", dropout=0.1,
+                 hidden=0, pairs=False):
         super().__init__()
-        self.encoder, self.labels, self.head = encoder, list(labels), head
-        self.layers, self.pooling, self.dropout, self.hidden = list(layers), pooling, dropout, hidden
-        size = encoder.config.hidden_size
+        self.encoder, self.labels, self.head, self.pairs = encoder, list(labels), head, pairs
+        self.layers, self.pooling, self.combine = list(layers), pooling, combine
+        self.dropout, self.hidden, size = dropout, hidden, encoder.config.hidden_size
         if head == "pooler":
             self.layers, self.pooling, features = [len(blocks(encoder))], "cls", size
             self.dense = None if getattr(encoder, "pooler", None) is not None else nn.Linear(size, size)
+        elif combine == "mix":
+            self.mix, features = nn.Parameter(torch.zeros(len(self.layers))), size  # begins as the plain mean
         else:
             features = size * len(self.layers)
         parts = [nn.Dropout(dropout)]
         if hidden:
             parts += [nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout)]
         self.classifier = nn.Sequential(*parts, nn.Linear(hidden or features, len(self.labels)))
-        for module in self.modules():
-            if type(module) is nn.Dropout:
-                module.__class__ = Dropout
 
     def forward(self, batch):
         """input_ids, attention_mask, token_type_ids (B, T) -> logits (B, C)."""
         states, output = hidden_states(self.encoder, batch)
         if self.head == "layers":
-            features = torch.cat([pool(states[k], batch["attention_mask"], self.pooling) for k in self.layers], dim=1)
+            pooled = [pool(states[k], batch["attention_mask"], self.pooling) for k in self.layers]
+            features = torch.cat(pooled, dim=1) if self.combine == "concat" else \
+                (torch.stack(pooled, dim=2) * self.mix.softmax(0)).sum(2)                # (B, D, L) -> (B, D)
         elif self.dense is None:
             features = output.pooler_output
         else:
@@ -206,26 +261,13 @@ class Classifier(nn.Module):
 
 # --- loading and saving ------------------------------------------------------------------------------------------
 
-def load_tokenizer(name):
-    """The model's own fast tokenizer. UserError when there is none, or it cannot be had."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {first_line(error)}") from None
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where files are missing
-        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: "
-                        "it has no vocabulary (tokenizer.json or vocab.txt)")
-    return tokenizer
-
-
 def load_encoder(name):
     """Load an encoder in float32, whatever its file holds.
 
     Reads safetensors alone and runs no code of the model's. Returns the encoder and whether it has a pretrained
-    pooler. UserError when it cannot be had, or lacks weights.
+    pooler. UserError when it cannot be had, lacks weights, or cannot be used: see probe().
     """
+    check_model_name(name)
     try:
         encoder, info = AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
@@ -234,17 +276,13 @@ def load_encoder(name):
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         raise UserError(f"{str(name)!r} lacks weights of {type(encoder).__name__}: {(missing or ['wrong shapes'])[0]}")
-    pretrained_pooler = getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
-    if not torch.cuda.is_available():
-        encoder.set_attn_implementation("cpu")  # device.attention(); DeBERTa, which has its own, stays as it is
-    return encoder, pretrained_pooler
+    probe(encoder)
+    return encoder, getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
 
 
-def model_identity(encoder, tokenizer, name):
-    """What tells a model from another: its name; the hub's commit, or its weight files' SHA-256; the tokenizer's."""
-    weights = [sha256(path) for path in sorted(Path(name).glob("*.safetensors"))]
-    return {"model": str(name), "revision": " ".join(weights) or encoder.config._commit_hash,
-            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()}
+def revision(encoder, name):
+    """What tells a model from another: its weight files' SHA-256, or the hub's commit."""
+    return " ".join(sha256(path) for path in sorted(Path(name).glob("*.safetensors"))) or encoder.config._commit_hash
 
 
 def drop_pooler(encoder):
@@ -253,30 +291,18 @@ def drop_pooler(encoder):
         encoder.pooler = None
 
 
-def token_limit(encoder, max_length):
-    """UserError when rows of `max_length` tokens do not fit the encoder's positions."""
-    config = encoder.config
-    roberta = config.model_type in ("roberta", "xlm-roberta", "camembert")
-    limit = config.max_position_embeddings - (config.pad_token_id + 1 if roberta else 0)
-    if not 3 <= max_length <= limit:
-        raise UserError(f"--max-length {max_length}: expected 3 to {limit}, the positions this encoder has")
-
-
-def save_model(model, tokenizer, folder, decay=1.0):
-    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*.
-
-    `decay` is what weight decay has made of the embedding rows that keep_tokens() left out.
-    """
+def save_model(model, tokenizer, folder):
+    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
-        model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder, decay))
+        model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder))
         tokenizer.save_pretrained(beside)
         own = {key: weight.contiguous() for key, weight in model.state_dict().items() if not key.startswith("encoder.")}
         save_file(own, beside / "classifier.safetensors")
-        settings = {key: getattr(model, key) for key in ("head", "layers", "pooling", "dropout", "hidden", "labels")}
-        write_json(beside / "classifier.json", settings)
+        write_json(beside / "classifier.json", {key: getattr(model, key) for key in (
+            "head", "layers", "pooling", "combine", "dropout", "hidden", "labels", "pairs")})
         os.chmod(beside, 0o755)
         old = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(old, ignore_errors=True)
@@ -290,9 +316,9 @@ def save_model(model, tokenizer, folder, decay=1.0):
 
 
 def load_model(folder):
-    """Read a folder of save_model(): a Classifier and its tokenizer. UserError when it is broken."""
-    settings = read_json(Path(folder) / "classifier.json",
-                         {"head": str, "layers": [int], "pooling": str, "hidden": int, "labels": [str]})
+    """Read a folder of save_model(): a Classifier. UserError when it is broken."""
+    settings = read_json(Path(folder) / "classifier.json", "train.py", {
+        "head": str, "layers": [int], "pooling": str, "combine": str, "hidden": int, "labels": [str], "pairs": bool})
     encoder, pretrained_pooler = load_encoder(folder)
     if settings["head"] == "layers":
         drop_pooler(encoder)
@@ -304,32 +330,33 @@ def load_model(folder):
         check_layers(settings["layers"], len(blocks(encoder)), "layers")
         model = Classifier(encoder, **settings)
         missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)
-        wrong = unexpected + [key for key in missing if not key.startswith("encoder.")]
+        if wrong := unexpected + [key for key in missing if not key.startswith("encoder.")]:
+            raise UserError(f"{wrong[0]} is on one side alone")
     except Exception as error:
         raise UserError(f"{folder}: classifier.json and classifier.safetensors do not fit "
                         f"({first_line(error)})") from None
-    if wrong:
-        raise UserError(f"{folder}: classifier.safetensors does not fit classifier.json: {wrong[0]}")
-    return model, load_tokenizer(folder)
+    return model
 
 
 # --- prediction --------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def predict(model, encoded, pad_id, dtype, max_length=128, batch_size=64, desc=None):
-    """Logits of every row of an Encoded, in the rows' own order: (N, C) float32 NumPy. Leaves the model in eval mode.
+def predict(model, batches, count, dtype, desc=None):
+    """Logits of `count` rows: (N, C) float32 NumPy, in the rows' own order. Leaves the model in eval mode.
 
-    The processes of torchrun share the batches out; each returns all rows.
+    batches: of data.eval_batches(), this process's share; all processes return all rows. UserError for logits that are
+    not finite.
     """
     model.eval()
     device = next(model.parameters()).device
-    logits = torch.zeros(len(encoded.labels), len(model.labels), device=device)
-    rank, world = start_processes()
-    batches = sorted_batches(encoded.lengths, batch_size)[rank::world]
-    with autocast(device, dtype):  # around the loop: the weights are cast once
-        for rows in tqdm(batches, desc=desc, leave=False, disable=None if desc else True):
-            batch = to_device({**collate(encoded, rows, pad_id, max_length), "rows": rows}, device)
+    logits = torch.zeros(count, len(model.labels), device=device)
+    with autocast(device, dtype), tqdm(total=count, unit="row", desc=desc, leave=False, disable=not desc or None) as bar:
+        for batch in batches:  # autocast around the loop: the weights are cast once
+            batch = to_device(batch, device)
             logits[batch["rows"]] = model(batch).float()
-    if world > 1:
+            bar.update(len(batch["rows"]))
+    if dist.is_initialized():
         dist.all_reduce(logits)
+    if not logits.isfinite().all():
+        raise UserError(f"{desc or 'prediction'}: the model gives logits that are not finite; try --precision fp32")
     return logits.cpu().numpy()

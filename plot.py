@@ -22,10 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from files import UserError, cli, read_json, write_atomic
-from ranking import foreign, read_grid
-from runs import RUN, group_runs, paper_order, read_metrics
-from significance import spread
+from common import UserError, cli, read_json, spread, write_atomic
+from evaluate import group_runs, paper_order, read_run
+from grid_search import at_best_rate, mean_of_others, read_grid
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]  # Okabe and Ito's
 MARKERS, LINES = "osD^vP*X", ["-", "--", "-.", ":"]

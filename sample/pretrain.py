@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
+from common import (UserError, autocast, cli, in_range, pick_device, pick_precision, progress_bar, versions,
+                    write_atomic, write_json)
 from data import encode, fingerprint, read_labels, read_split, split_languages
-from device import autocast, pick_device, pick_precision, versions
-from files import UserError, cli, in_range, progress_bar, write_atomic, write_json
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -183,7 +183,7 @@ def main(argv=None):
         "command": shlex.join(["python", "sample/pretrain.py", *(sys.argv[1:] if argv is None else argv)]),
         "languages": languages, "rows": len(rows[0].text_a), "tokens": seen, "seconds": round(seconds),
         "threads": torch.get_num_threads(), "loss": round(float(np.mean(losses[-5:])), 4),
-        "inputs": fingerprint(args.data, [f"{args.split}.{l}.tsv" for l in languages]), "versions": versions()})
+        "inputs": fingerprint(args.data, [(args.split, language) for language in languages]), "versions": versions()})
     print(f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, {seen / 1e6:.1f}M tokens, "
           f"{seconds:.0f} s")
     return 0

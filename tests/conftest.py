@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
 from transformers import PreTrainedTokenizerFast
 
-import files
+import common
 
 torch.set_num_threads(1)  # models this small gain nothing from more; the tests have two processes instead
 
@@ -106,10 +106,10 @@ def script(monkeypatch, capsys):
     """script("train", "--flag", value, ...) runs a script in this process as a user would: (exit status, stdout, stderr)."""
     def run(name, *arguments):
         module = importlib.import_module(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"{name.rsplit('.')[-1]}.py", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            files.cli(module.main)
+            common.cli(module.main)
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
     return run

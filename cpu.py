@@ -1,0 +1,65 @@
+"""What makes a CPU fast. Delete this file and the lines that call make_fast(), and everything still works.
+
+Measured: experiments/RESULTS.md, "The CPU's own dropout and attention".
+"""
+import math
+
+import torch
+import torch.nn as nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+
+def make_fast(model):
+    """Give a finished model, with weights loaded, this file's dropout and attention."""
+    AttentionInterface.register("cpu", attention)
+    AttentionMaskInterface.register("cpu", eager_mask)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation("cpu")  # DeBERTa, which has an attention of its own, stays as it is
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
+
+
+def random_bits(count, device):
+    """(count,) int64 of random bits: a counter that starts where torch's generator says, each number mixed by
+    multiplications and shifts ("xmxmx", Maiga 2020). On a CPU in half the time of drawing them all."""
+    start = torch.empty((), dtype=torch.int64, device=device).random_(-2 ** 63, None)
+    bits = torch.arange(count, device=device).mul_(-0x61c8864680b583eb).add_(start)
+    low, high = bits.view(torch.int32).view(-1, 2).unbind(1)  # of little-endian numbers; low ^= high shifts by 32
+    for _ in range(2):
+        low ^= high
+        bits *= 0x0e9846af9b1a615d
+    low ^= high
+    return bits
+
+
+def keep_mask(shape, dropout, device):
+    """Dropout's mask, 1 where a value is kept, int16. 16 random bits decide each (the rate is rounded to 1/65536)."""
+    count = math.prod(shape)
+    bits = random_bits(-(-count // 4), device).view(torch.int16)[:count].view(shape)
+    return bits.ge_(round(dropout * 65536) - 32768)  # in place: a tensor of booleans takes four times as long
+
+
+def drop(x, dropout):
+    """Dropout of a tensor with keep_mask()."""
+    return x * keep_mask(x.shape, dropout, x.device).to(x.dtype).mul_(1 / (1 - round(dropout * 65536) / 65536))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with drop()."""
+
+    def forward(self, x):
+        return drop(x, self.p) if self.training and self.p else x
+
+
+def attention(module, query, key, value, mask, scaling, dropout=0.0, **_):
+    """transformers' eager attention with drop(), in the products' precision throughout.
+
+    query, key, value: (B, heads, T, D / heads); mask: (B, 1, T, T), added to the scores, or None.
+    """
+    with torch.autocast("cpu", enabled=False):  # softmax sums in float32 whatever it is given
+        scores = (query * scaling) @ key.transpose(2, 3)
+        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
+        weights = drop(weights, dropout) if dropout else weights
+        return (weights @ value).transpose(1, 2).contiguous(), weights
