@@ -11,23 +11,24 @@ Paper   section 1.3.
 import argparse
 import functools
 import hashlib
+import http.client
 import io
 import json
 import re
 import sys
 import tarfile
 import unicodedata
+import urllib.request
 import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
 
-from common import (UserError, check_model_name, cli, first_line, in_range, sha256, start_processes, write_atomic,
-                    write_json)
+from common import (UserError, check_model_name, cli, first_line, in_range, progress_bar, sha256, start_processes,
+                    write_atomic, write_json)
 
 SPLITS = ("train", "dev", "test")
 MAX_LINE = 1 << 20  # bytes; a longer line is a broken file, not a text
@@ -346,10 +347,14 @@ def find_archive(url, folder, out):
     if not path.is_file():
         if folder:
             raise UserError(f"{path} does not exist (--archives); it can be had from {url}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path))  # beside its place, and moved there whole
-        except OSError as error:  # urllib's errors are such
+            with (urllib.request.urlopen(url, timeout=60) as response, write_atomic(path, "wb") as file,
+                  progress_bar(total=response.length, desc=path.name, unit="B", unit_scale=True) as bar):
+                while block := response.read(1 << 20):
+                    bar.update(file.write(block))
+                if response.length:  # counted down as it is read, and short of 0 is no error to urllib or torch.hub
+                    raise OSError(f"it ended {response.length:,} bytes too early")
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url}: {error}; or fetch the file yourself and give its folder with --archives") from None
     return path
 

@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import convert
 import data
-from conftest import SHARED, make_data
-from files import UserError
-from model import load_tokenizer
+from common import UserError
+from conftest import SHARED
 
 XNLI_COLUMNS = ("language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 "
                 "sentence2 promptID pairID genre label1 label2 label3 label4 label5 sentence1_tokenized "
@@ -118,7 +116,7 @@ def refusal(result):
     """The one sentence that a run ended with."""
     status, _, err = result
     assert status == 2 and "Traceback" not in err
-    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in err.splitlines() if line and not line.startswith("warning: ") and "B/s]" not in line]
     assert len(lines) == 1 and lines[0].startswith("data.py: error: "), err
     return lines[0]
 
@@ -232,7 +230,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
     folder = write_zips(tmp_path / "archives", xnli_members())
     massive = write_massive(folder, massive_members())
     readers = {folder / "XNLI-1.0.zip": lambda: read_xnli(folder), folder / "XNLI-MT-1.0.zip": lambda: read_xnli(folder),
-               massive: lambda: convert.read_massive(massive, ["en", "de"], ["en"], 0, False, 0)}
+               massive: lambda: data.read_massive(massive, ["en", "de"], ["en"], 0, False, 0)}
     pick, refused = random.Random(5), 0
     for path, read in readers.items():
         good, expected = path.read_bytes(), read()
@@ -250,13 +248,13 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
 
 
 def read_xnli(folder):
-    return convert.read_xnli(folder / "XNLI-1.0.zip", folder / "XNLI-MT-1.0.zip", {"en": None, "de": None}, {"en": None})
+    return data.read_xnli(folder / "XNLI-1.0.zip", folder / "XNLI-MT-1.0.zip", {"en": None, "de": None}, {"en": None})
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["xnli", "--languages", "en", "xx"], "--languages: invalid choice: 'xx' (choose from "),
     (["xnli", "--train-languages", "english"], "--train-languages: invalid choice: 'english' (choose from "),
-    (["massive", "--languages", "de-DE"], "--languages: 'de-DE', expected a two-letter code"),
+    (["massive", "--languages", "de_de"], "--languages: 'de_de', expected a code as de or zh-CN"),
     (["massive", "--intents", "1"], "--intents 1: expected 0 (all) or 2 and more"),
     (["massive", "--intents", "-1"], "--intents: -1, expected 0 or more"),
     (["massive", "--balance", "--seed", "-1"], "--seed: -1, expected 0 or more"),
@@ -297,8 +295,7 @@ def test_a_full_disk_leaves_whole_files_and_can_be_gone_on_from(tmp_path, script
         if len(opened) == 3:
             raise OSError(28, "No space left on device")
         return real(path)
-    for module in (data, convert):
-        monkeypatch.setattr(module, "write_atomic", write_atomic)
+    monkeypatch.setattr(data, "write_atomic", write_atomic)
     assert "No space left on device" in refusal(script("data", *command))
     left = {path.name: path.read_bytes() for path in (tmp_path / "xnli").iterdir()}
     assert len(left) == 2 and left.items() < whole.items()
@@ -430,7 +427,7 @@ def test_massive_refuses_a_damaged_archive(tmp_path, script, damage, message):
 
 def test_massive_names_the_address_of_a_missing_archive(tmp_path, script):
     sentence = refusal(script("data", "massive", "--archives", tmp_path, "--out", tmp_path / "set"))
-    assert f"(--archives); it can be had from {convert.MASSIVE_URL}" in sentence
+    assert f"(--archives); it can be had from {data.MASSIVE_URL}" in sentence
 
 
 # --- the folder format -------------------------------------------------------------------------------------------
@@ -440,11 +437,12 @@ def test_massive_names_the_address_of_a_missing_archive(tmp_path, script):
     (b"text\tlabel\n", "holds a header and no rows"),
     (b"text\tlabel\nx\tno\nx\n", ", line 3: 1 columns, expected 2 (text, label)"),
     (b"text\tlabel\nx\ty\tno\n", ", line 2: 3 columns, expected 2 (text, label)"),
-    (b"text\tlabel\nx\tno \n", ", line 2: unknown label 'no ', expected one of no, yes"),
+    (b"text\tlabel\nx\tno \n", ", line 2: unknown label 'no ', expected one of 'no', 'yes'"),
     (b"text\tlabel\nx\tno\n\xe4\tno\n", ", line 3: not UTF-8 (byte 0xe4 at 0)"),
     (b"t\xff\tlabel\n", ", line 1: not UTF-8 (byte 0xff at 1)"),
-    (b"a sentence\tno\n", ", line 1: the header is ['a sentence', 'no'], expected text or text_a, text_b, then label"),
-    (b"label\ttext\nno\tx\n", ", line 1: the header is ['label', 'text'], expected text"),
+    (b"a sentence\tno\n", ", line 1: the header is ['a sentence', 'no'], expected text, or text_a and text_b, and label"),
+    (b"label\ttext\ttext_a\ttext_b\nno\tx\ty\tz\n", ", line 1: the header is ['label', 'text', 'text_a', 'text_b'], expected text"),
+    (b"label\ttext\ttext\nno\tx\ty\n", ", line 1: the header is ['label', 'text', 'text'], expected text"),
     (b"text_a\tlabel\nno\tx\n", ", line 1: the header is ['text_a', 'label'], expected text"),
     (b"label\nno\n", ", line 1: the header is ['label'], expected text"),
     (b"text\tlabel\nx\tno\n" + b"y" * (1 << 20) + b"\tno\n", ", line 3: longer than 1,048,576 bytes"),
@@ -453,7 +451,7 @@ def test_read_table_names_the_place(tmp_path, content, message):
     path = tmp_path / "dev.en.tsv"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        data.read_table(path, ["no", "yes"])
+        data.read_table(path, ["no", "yes"], unknown=True)
     assert str(error.value).startswith(str(path)) and message in str(error.value)
 
 
@@ -461,10 +459,26 @@ def test_read_table_names_the_place(tmp_path, content, message):
     (b"\xef\xbb\xbftext\tlabel\r\n\"x\tyes\r\n y \tno", data.Rows(['"x', " y "], None, [1, 0])),
     (b"text\n\na\rb\xc2\x85\n", data.Rows(["", "a\rb\x85"], None, None)),
     (b"text_a\ttext_b\tlabel\nx\t\tno\n", data.Rows(["x"], [""], [0])),
+    (b"id\tlabel\ttext_b\t\ttext_a\n7\tyes\tb\t?\ta\n", data.Rows(["a"], ["b"], [1])),
 ])
-def test_read_table_takes_byte_order_marks_crlf_and_any_text(tmp_path, content, expected):
+def test_read_table_takes_marks_crlf_any_text_and_columns_in_any_order(tmp_path, content, expected):
     (tmp_path / "x.tsv").write_bytes(content)
-    assert data.read_table(tmp_path / "x.tsv", ["no", "yes"]) == expected
+    rows, columns = data.read_table(tmp_path / "x.tsv", ["no", "yes"])
+    assert rows == expected
+    lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    assert [list(row) for row in zip(*([name, *cells] for name, cells in columns.items()))] == [
+        line.split("\t") for line in lines]
+    data.write_table(tmp_path / "y.tsv", columns)
+    assert (tmp_path / "y.tsv").read_text(encoding="utf-8").splitlines(keepends=True)[-1].endswith("\n")
+    assert data.read_table(tmp_path / "y.tsv", ["no", "yes"]) == (rows, columns)
+
+
+def test_an_empty_label_is_unknown_only_where_that_is_allowed(tmp_path):
+    path = tmp_path / "in.tsv"
+    path.write_text("text\tlabel\nx\tyes\ny\t\nz\tno\n")
+    assert data.read_table(path, ["no", "yes"], unknown=True)[0].labels == [1, -1, 0]
+    with pytest.raises(UserError, match=r"in.tsv, line 3: unknown label '', expected one of no, yes$"):
+        data.read_table(path, ["no", "yes"])
 
 
 @pytest.mark.parametrize("content", [b"no\nyes\nno\n", b"no\n", b"", b"no\n\n"])
@@ -504,40 +518,26 @@ def test_take_spreads_evenly_and_takes_the_same_rows_in_every_language(count):
 
 # --- the download ------------------------------------------------------------------------------------------------
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one body. `cuts`: bytes to send before each request's connection breaks off; `sent` and `asked` record."""
-    body, ranges, lie, failure = bytes(random.Random(1).randbytes(300_001)), True, 0, None
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.cuts, self.sent, self.asked = [], [], []
-        self.url = f"http://127.0.0.1:{self.server_port}/set.zip"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
-        if server.failure or start >= len(server.body):
-            return self.send_error(server.failure or 416)
-        rest = server.body[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest) + server.lie))
-        self.end_headers()
-        part = rest[:server.cuts.pop(0)] if server.cuts else rest
-        server.sent.append(len(part))
-        self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(convert.time, "sleep", lambda _: None)
+    """A local HTTP server: `body` is sent (short of it by `cut` bytes), or `failure`; `asked` counts."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked += 1
+            if server.failure:
+                return self.send_error(server.failure)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.body)))
+            self.end_headers()
+            self.wfile.write(server.body[:len(server.body) - server.cut])
+
+        def log_message(self, *_):
+            pass
+
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.body, server.cut, server.failure, server.asked = b"", 0, None, 0
+        server.url = f"http://127.0.0.1:{server.server_port}/set/"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -545,76 +545,29 @@ def server(monkeypatch):
         thread.join()
 
 
-@pytest.mark.parametrize("cuts, asked, sent", [
-    ([], [None], [300_001]),
-    ([100_003], [None, "bytes=100003-"], [100_003, 199_998]),
-    ([0, 7], [None, None, "bytes=7-"], [0, 7, 299_994]),
-    ([10] * 12, [None] + [f"bytes={10 * i}-" for i in range(1, 13)], [10] * 12 + [299_881]),  # more breaks than tries
-])
-def test_download_goes_on_where_it_broke_off(tmp_path, server, cuts, asked, sent):
-    server.cuts = list(cuts)
-    convert.download(server.url, tmp_path / "new" / "set.zip")
-    assert (tmp_path / "new" / "set.zip").read_bytes() == server.body
-    assert (server.asked, server.sent) == (asked, sent)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["set.zip"]
-
-
-def test_download_goes_on_from_an_earlier_runs_part(tmp_path, server):
-    (tmp_path / "set.zip.part").write_bytes(server.body[:200_000])
-    convert.download(server.url, tmp_path / "set.zip")
-    assert (tmp_path / "set.zip").read_bytes() == server.body
-    assert server.asked == ["bytes=200000-"] and server.sent == [100_001]
-
-
-def test_download_starts_anew_where_the_server_has_no_ranges(tmp_path, server):
-    server.ranges, server.cuts = False, [100_003]
-    convert.download(server.url, tmp_path / "set.zip")
-    assert (tmp_path / "set.zip").read_bytes() == server.body
-    assert server.asked == [None, "bytes=100003-"] and server.sent == [100_003, 300_001]
-
-
-@pytest.mark.parametrize("stale", [0, 5])
-def test_download_starts_anew_when_the_part_is_whole_or_too_long(tmp_path, server, stale):
-    (tmp_path / "set.zip.part").write_bytes(server.body + bytes(stale))
-    convert.download(server.url, tmp_path / "set.zip")
-    assert (tmp_path / "set.zip").read_bytes() == server.body
-    assert server.asked == [f"bytes={300_001 + stale}-", None]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_download_gives_up_on_a_wrong_length(tmp_path, server, ranges):
-    server.ranges, server.lie = ranges, 10
-    with pytest.raises(UserError) as error:
-        convert.download(server.url, tmp_path / "set.zip")
-    assert str(error.value).startswith(f"{server.url}: ") and "--archives" in str(error.value)
-    assert ("300,001 of 300,011 bytes" in str(error.value)) or ranges and "416" in str(error.value)
-    assert len(server.asked) == 5 and not (tmp_path / "set.zip").exists()
-
-
-@pytest.mark.parametrize("code, reason, requests", [(404, "Not Found", 1), (403, "Forbidden", 1),
-                                                    (503, "Service Unavailable", 5), (416, "Requested Range", 5)])
-def test_download_says_what_the_server_said(tmp_path, server, script, monkeypatch, code, reason, requests):
-    server.failure = code
-    monkeypatch.setattr(convert, "XNLI_URL", server.url)
-    sentence = refusal(script("data", "xnli", "--out", tmp_path / "data" / "xnli"))
-    assert f"{server.url}: {code} {reason}" in sentence
-    assert len(server.asked) == requests and not list((tmp_path / "data").rglob("*.*"))
-
-
-def test_no_server_is_one_sentence(tmp_path, server):
-    url = server.url.replace(str(server.server_port), "1")
-    with pytest.raises(UserError, match=rf"{url}: .*refused.*; the part is kept, run the command again to go on"):
-        convert.download(url, tmp_path / "set.zip")
-
-
 def test_massive_downloads_once_beside_the_data_set(tmp_path, server, script, monkeypatch):
     path = write_massive(tmp_path / "made", massive_members())
     server.body = path.read_bytes()
-    monkeypatch.setattr(convert, "MASSIVE_URL", server.url.replace("set.zip", path.name))
+    monkeypatch.setattr(data, "MASSIVE_URL", server.url + path.name)
     for _ in range(2):
         assert script("data", "massive", "--out", tmp_path / "data" / "massive", "--languages", "en")[0] == 0
-    assert server.asked == [None] and (tmp_path / "data" / "archives" / path.name).read_bytes() == server.body
+    assert server.asked == 1 and (tmp_path / "data" / "archives" / path.name).read_bytes() == server.body
+    assert [file.name for file in (tmp_path / "data" / "archives").iterdir()] == [path.name]
     assert read_plain(tmp_path / "data" / "massive" / "test.en.tsv")[1:]
+
+
+@pytest.mark.parametrize("cut, failure, message", [(0, 404, "HTTP Error 404: Not Found"), (7, None, "7 bytes")])
+def test_a_download_that_fails_leaves_nothing(tmp_path, server, script, monkeypatch, cut, failure, message):
+    server.body, server.cut, server.failure = bytes(300_001), cut, failure
+    monkeypatch.setattr(data, "XNLI_URL", server.url + "XNLI-1.0.zip")
+    sentence = refusal(script("data", "xnli", "--out", tmp_path / "data" / "xnli"))
+    assert f"{server.url}XNLI-1.0.zip: " in sentence and message in sentence and "--archives" in sentence
+    assert not list((tmp_path / "data").rglob("*.*"))
+
+
+def test_no_server_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:1/set.zip: .*refused.*--archives$"):
+        data.find_archive("http://127.0.0.1:1/set.zip", None, tmp_path / "set")
 
 
 # --- check -------------------------------------------------------------------------------------------------------
@@ -656,16 +609,11 @@ def test_check_counts_unknown_tokens_and_cut_rows(odd_folder, script, model_fold
     assert "cut: longer than 6 tokens" in out
 
 
-@pytest.mark.parametrize("rows, header, message", [
-    ([("geld", "yes"), ("mein", "yes"), ("x", "no")], "text\tlabel", "dev.de.tsv is not row-parallel with dev.en.tsv"),
-    ([("geld", "yes"), ("mein", "no")], "text\tlabel", "dev.de.tsv is not row-parallel with dev.en.tsv"),
-    ([("geld", "a", "yes"), ("mein", "b", "no"), ("x", "c", "no")], "text_a\ttext_b\tlabel",
-     "dev.de.tsv and train.en.tsv: one holds pairs, the other single texts"),
-])
-def test_check_warns_of_files_that_do_not_fit(odd_folder, script, rows, header, message):
-    write_tsv(odd_folder / "dev.de.tsv", rows, header)
+@pytest.mark.parametrize("rows", [[("geld", "yes"), ("mein", "yes"), ("x", "no")], [("geld", "yes"), ("mein", "no")]])
+def test_check_notes_files_that_are_no_translations(odd_folder, script, rows):
+    write_tsv(odd_folder / "dev.de.tsv", rows)
     status, out, _ = script("data", "check", odd_folder)
-    assert status == 1 and f"warning: {message}" in out
+    assert status == 0 and "note: dev.de.tsv is not row-parallel with dev.en.tsv" in out
 
 
 def test_check_counts_pairs_as_pairs(tmp_path, script):
@@ -777,59 +725,6 @@ def test_batches_mix_lengths_no_more_than_they_must():
     assert sorted(np.concatenate(batches)) == list(range(500)) and lengths[batches[0]].min() > 50
 
 
-# --- kept token ids ----------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def toy(model_folder, tmp_path):
-    return load_tokenizer(model_folder), make_data(tmp_path / "toy", train=30)
-
-
-def kept_tokens(folder):
-    return sorted((Path(folder) / ".tokens").glob("*.npz"))
-
-
-def same(one, other):
-    return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other))
-
-
-def test_token_ids_are_kept_and_read_again(toy, monkeypatch):
-    tokenizer, folder = toy
-    plain = data.encode(tokenizer, data.take(data.read_split(folder, "train", "en", data.read_labels(folder)), 20), 9)
-    arguments = tokenizer, "one", folder, "train", "en", data.read_labels(folder), 9, 20
-    assert same(data.encode_split(*arguments), plain)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "encode", None)  # not called again
-        assert same(data.encode_split(*arguments), plain)
-    for other in (("two", *arguments[2:]), ("one", *arguments[2:6], 8, 20), ("one", *arguments[2:6], 9, 21)):
-        data.encode_split(tokenizer, *other)
-    assert len(kept_tokens(folder)) == 4
-
-
-def test_kept_token_ids_of_other_bytes_or_damaged_are_not_used(toy):
-    tokenizer, folder = toy
-    arguments = tokenizer, "one", folder, "dev", "de", data.read_labels(folder)
-    plain = data.encode_split(*arguments)
-    kept, = kept_tokens(folder)
-    kept.write_bytes(kept.read_bytes()[:-40])
-    assert same(data.encode_split(*arguments), plain)
-    np.savez(kept, **plain._replace(ids=plain.ids + 10_000)._asdict())  # ids that no tokenizer gave
-    assert same(data.encode_split(*arguments), plain)
-    path = Path(folder) / "dev.de.tsv"
-    path.write_text(path.read_text() + "bitte\trefund\n")
-    assert len(data.encode_split(*arguments).labels) == len(plain.labels) + 1
-
-
-def test_token_ids_that_cannot_be_kept_are_a_note(toy, monkeypatch, capsys):
-    tokenizer, folder = toy
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data, "write_atomic", full)
-    assert len(data.encode_split(tokenizer, "one", folder, "dev", "de", data.read_labels(folder)).labels) == 13
-    assert "note: the token ids are not kept for the next time ([Errno 28]" in capsys.readouterr().err
-
-
 # --- the real archives -------------------------------------------------------------------------------------------
 
 LANGUAGES = "en zh es de ar ur fr".split()
@@ -857,8 +752,8 @@ def test_real_xnli(real_xnli):
     for language in LANGUAGES:
         assert rows[f"dev.{language}.tsv"] == [[row["sentence1"], row["sentence2"], row["gold_label"]]
                                                for row in source if row["language"] == language]
-        assert Counter(row[-1] for row in rows[f"test.{language}.tsv"]) == dict.fromkeys(convert.XNLI_LABELS, 1_670)
-    assert {row[-1] for row in rows["train.en.tsv"]} == set(convert.XNLI_LABELS)
+        assert Counter(row[-1] for row in rows[f"test.{language}.tsv"]) == dict.fromkeys(data.XNLI_LABELS, 1_670)
+    assert {row[-1] for row in rows["train.en.tsv"]} == set(data.XNLI_LABELS)
 
 
 @needs_archives
@@ -887,7 +782,7 @@ def test_real_massive(tmp_path, script):
 @needs_archives
 def test_padding_stays_under_a_tenth_on_multinli(real_xnli):
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "bert-base-multilingual-uncased")
-    rows = data.take(data.read_split(real_xnli, "train", "en", convert.XNLI_LABELS), 20_000)
+    rows = data.take(data.read_split(real_xnli, "train", "en", data.XNLI_LABELS), 20_000)
     encoded = data.encode(tokenizer, rows)
     tokens = 0
     for batch in data.train_batches(encoded.lengths, 32, seed=0, epoch=1):
