@@ -8,15 +8,16 @@ Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --l
         a second call with another --select takes a second, and a stopped search goes on), OUT/run.json.
 Paper   sections 1.1 (phase one) and 1.5; conclusions 3, 4 and 5. 255 combinations of layers 5..12, 3 poolings, 5 seeds.
 
-All models of one pooling train together. With L layers, the M = 2^L subsets are numbered in binary: model m has layer l
-if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in one matrix,
-so that a step is L matrix products, whatever M is, and no product is spent on a layer that a model does not use.
-Letters as in model.py; also P poolings, R learning rates, F files (dev.de, test.zh, ...), and K, what a product puts
-out: H hidden units, or the C classes where there is no hidden layer.
+All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered in binary: model m has
+layer l if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in one
+matrix, so that a step is L matrix products, whatever M is, and none is spent on a layer that a model does not use.
+Letters as in model.py; also F files (dev.de, test.zh, ...), and K, what a product puts out: H hidden units, or the C
+classes where there is no hidden layer. A model but for its seed is known by its key, (pooling, layers, lr).
 """
 import argparse
 import csv
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from common import (UserError, agree, claim, cli, finish_folder, in_range, load_array, markdown_table, out_of_memory,
                     pick_device, pick_precision, progress_bar, read_json, sha256, spread, start_folder,
                     start_processes, versions, write_atomic, write_json)
-from model import POOLINGS, check_layers
+from model import POOLINGS
 
 POOL = 1 << 23  # random values that dropout's masks are cut from
 
@@ -61,8 +62,8 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
                for layer in range(layers)]
     weights += [uniform(units)[..., None] * scale]
     if hidden:
-        weights += [(uniform(hidden, classes) / hidden ** 0.5)[..., None].repeat(1, 1, 1, models),
-                    (uniform(classes) / hidden ** 0.5)[..., None].repeat(1, 1, models)]
+        weights += [(uniform(*shape) / hidden ** 0.5)[..., None].repeat(1, *[1] * len(shape), models)
+                    for shape in ((hidden, classes), (classes,))]
     return weights
 
 
@@ -89,32 +90,27 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
     initial_weights() does. UserError when a weight is not finite.
     """
     features = features.contiguous()  # or each step copies the whole to take a batch from it
-    layers, count, size = features.shape
-    device, scale = features.device, 1 / (1 - dropout)
+    (layers, count, size), device = features.shape, features.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    weights = [weight.requires_grad_() for weight in initial_weights(generators, layers, size, classes, hidden, dtype,
-                                                                     device)]
-    optimizer = torch.optim.Adam(weights, lr=lr, fused=True)
-    # a mask is a window of this, at a place that the seed's generator draws: drawing it anew costs a fifth of a step
-    kept = torch.rand(max(POOL, 2 * layers * batch_size * max(size, hidden)), device=device,
+    weights = initial_weights(generators, layers, size, classes, hidden, dtype, device)
+    optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=lr, fused=True)
+    pool = torch.rand(max(POOL, 2 * layers * batch_size * max(size, hidden)), device=device,
                       generator=torch.Generator(device).manual_seed(0)).ge(dropout).to(features.dtype)
 
-    def masks(*shape):
-        length = int(np.prod(shape))
-        starts = [int(torch.randint(len(kept) - length, (), generator=g, device=device)) for g in generators]
-        return [kept[start:start + length].view(shape) for start in starts]
+    def mask(generator, *shape):  # a window of the pool: to draw a mask anew costs a fifth of a step
+        start = int(torch.randint(len(pool) - math.prod(shape), (), generator=generator, device=device))
+        return pool[start:start + math.prod(shape)].view(shape)
 
     for _ in range(epochs):
         orders = torch.stack([torch.randperm(count, generator=g, device=device) for g in generators])    # (S, N)
         for rows in orders.split(batch_size, dim=1):                                                     # (S, B)
-            x = features.index_select(1, rows.flatten()).unflatten(1, rows.shape)                        # (L, S, B, D)
-            mask = 1.0
+            x, after = features.index_select(1, rows.flatten()).unflatten(1, rows.shape), 1.0            # (L, S, B, D)
             if dropout:
-                for part, window in zip(x.unbind(1), masks(layers, rows.shape[1], size)):
-                    part *= window
+                for part, generator in zip(x.unbind(1), generators):
+                    part *= mask(generator, *part.shape)
                 if hidden:
-                    mask = torch.stack(masks(rows.shape[1], hidden, 1))
-            logits = forward(weights, x, scale, mask).flatten(0, 1)                                      # (S * B, C, M)
+                    after = torch.stack([mask(generator, rows.shape[1], hidden, 1) for generator in generators])
+            logits = forward(weights, x, 1 / (1 - dropout), after).flatten(0, 1)                         # (S * B, C, M)
             right = labels[rows].flatten()[:, None].expand(-1, logits.shape[2])                          # (S * B, M)
             loss = F.cross_entropy(logits, right, reduction="sum") / rows.shape[1]
             optimizer.zero_grad()
@@ -133,15 +129,15 @@ def one_model(weights, layers, combination, seed):
     layers: those of the features, in order; combination: some of them; seed: its place among the seeds.
     """
     bits = [l for l, layer in enumerate(layers) if layer in combination]
-    m = sum(1 << l for l in bits)
-    columns = [(m >> l + 1 << l) | m & (1 << l) - 1 for l in bits]  # its place among the models that have layer l
-    bias, *head = [weight[seed, ..., m] for weight in weights[len(layers):]]
-    parts = [weights[l][seed].unflatten(1, (len(bias), -1))[:, :, column] for l, column in zip(bits, columns)]
-    modules = [nn.Linear(sum(map(len, parts)), len(bias), dtype=bias.dtype, device=bias.device)]
-    modules[0].weight.data, modules[0].bias.data = torch.cat(parts).T.contiguous(), bias.clone()
-    if head:
-        modules += [nn.ReLU(), nn.Linear(*head[0].shape, dtype=bias.dtype, device=bias.device)]
-        modules[2].weight.data, modules[2].bias.data = head[0].T.contiguous(), head[1].clone()
+    m, parts = sum(2 ** l for l in bits), []
+    for l in bits:
+        having = half(torch.arange(2 ** len(layers))[None, None, None], l).flatten().tolist()  # the models with layer l
+        parts.append(weights[l][seed].unflatten(1, (-1, len(having)))[:, :, having.index(m)])  # (D, K)
+    rest = [weight[seed, ..., m] for weight in weights[len(layers):]]
+    modules = []
+    for weight, bias in zip([torch.cat(parts), *rest[1::2]], rest[::2]):
+        modules += [nn.ReLU()] * bool(modules) + [nn.Linear(*weight.shape, dtype=weight.dtype, device=weight.device)]
+        modules[-1].weight.data, modules[-1].bias.data = weight.T.contiguous(), bias.clone()
     return nn.Sequential(*modules)
 
 
@@ -164,15 +160,15 @@ def confusion_matrices(weights, features, labels, classes, chunk=512):
 
 def load_features(folder, manifest, stem, pooling, layers, device):
     """The chosen layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
-    rows = manifest["inputs"][f"{stem}.tsv"]["rows"]
+    rows, classes = manifest["inputs"][f"{stem}.tsv"]["rows"], len(manifest["labels"])
     path = Path(folder) / f"{stem}.{pooling}.npy"
     array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
     array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
-    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,), "i"))
-    if not ((0 <= labels) & (labels < len(manifest["labels"]))).all():
-        raise UserError(f"{folder}/{stem}.labels.npy holds classes outside 0..{len(manifest['labels']) - 1}")
+    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,), "i"), np.int64)
+    if not ((0 <= labels) & (labels < classes)).all():
+        raise UserError(f"{folder}/{stem}.labels.npy holds classes outside 0..{classes - 1}")
     return torch.from_numpy(array).to(device), torch.from_numpy(labels).to(device)
 
 
@@ -186,16 +182,14 @@ def scaling(features):
     return mean, torch.where(same, torch.inf, number)
 
 
-# --- what a search says ------------------------------------------------------------------------------------------
+# --- scores and choices ------------------------------------------------------------------------------------------
 
 class Results(NamedTuple):
-    """All models' confusion matrices on all files, with the names of the axes, and the source language."""
-    confusion: np.ndarray  # (P, R, M, S, F, true C, predicted C)
-    poolings: list
-    rates: list            # rising
-    combinations: list     # of tuples of layer numbers
-    files: list
-    source: str
+    """The confusion matrices of all models on all files."""
+    keys: list             # G of (pooling, layers, lr)
+    columns: list          # F of dev_LANG and test_LANG, as in results.csv
+    source: str            # the language trained on
+    confusion: np.ndarray  # (G, S, F, true C, predicted C)
 
 
 def micro_f1(confusion):
@@ -210,96 +204,101 @@ def macro_f1(confusion):
     return (2 * true / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)).mean(-1)
 
 
-def columns_of(files, source):
-    """The files whose mean each protocol ranks by: {"en": [index, ...], "joint": ..., "test": ...}, those there are.
+def columns_of(columns, source):
+    """The columns whose mean each protocol ranks by, those there are: {"en": the source language's dev, "joint": the
+    other languages' dev, "test": their test}, as places [i, ...]."""
+    groups = {}
+    for i, column in enumerate(columns):
+        split, language = column.split("_", 1)
+        if language != source or split == "dev":
+            groups.setdefault("en" if language == source else {"dev": "joint", "test": "test"}[split], []).append(i)
+    return groups
 
-    en: the source language's dev; joint and test: the other languages' dev and test.
+
+def rank(keys, scores):
+    """The places of G keys by falling score (G,), each pooling and combination once, at its own best rate.
+
+    Ties go to fewer layers, to lower ones, to the first pooling; and to the smaller rate.
     """
-    def where(split, own):
-        return [i for i, name in enumerate(files) if name.startswith(f"{split}.") and (name == f"{split}.{source}") == own]
+    poolings, found = list(dict.fromkeys(pooling for pooling, _, _ in keys)), {}
 
-    groups = {"en": where("dev", True), "joint": where("dev", False), "test": where("test", False)}
-    return {name: group for name, group in groups.items() if group}
+    def order(g):
+        pooling, layers, lr = keys[g]
+        return -round(float(scores[g]), 9), len(layers), layers, poolings.index(pooling), lr
 
-
-def rank(scores, combinations):
-    """Indices (p, r, m) of scores (P, R, M), best first, each pooling and combination once, at its own best rate.
-
-    Ties go to the smaller rate; then to fewer layers, to lower ones, to the first pooling.
-    """
-    scores = np.round(scores, 9)
-    best = scores.argmax(1)                                                                     # (P, M)
-    order = sorted(np.ndindex(best.shape), key=lambda i: (
-        -scores[i[0], best[i], i[1]], len(combinations[i[1]]), combinations[i[1]], i[0]))
-    return [(p, int(best[p, m]), m) for p, m in order]
+    for g in sorted(range(len(keys)), key=order):
+        found.setdefault(keys[g][:2], g)
+    return list(found.values())
 
 
 def choices(results):
-    """What each protocol chooses, as indices (p, r, m): {"en", "joint", "test": ...} and the oracle's {language: ...}."""
-    mean = micro_f1(results.confusion).mean(3)                                                  # (P, R, M, F)
-    chosen = {name: rank(mean[..., group].mean(-1), results.combinations)[0]
-              for name, group in columns_of(results.files, results.source).items()}
-    oracle = {name.split(".")[1]: rank(mean[..., i], results.combinations)[0]
-              for i, name in enumerate(results.files) if name.startswith("dev.")}
+    """What each protocol chooses, as places of keys: {"en", "joint", "test": g}, and the oracle's {language: g}."""
+    mean = micro_f1(results.confusion).mean(1)                                                  # (G, F)
+    chosen = {name: rank(results.keys, mean[:, group].mean(1))[0]
+              for name, group in columns_of(results.columns, results.source).items()}
+    oracle = {column[4:]: rank(results.keys, mean[:, i])[0]
+              for i, column in enumerate(results.columns) if column.startswith("dev_")}
     return chosen, oracle
+
+
+# --- the grid folder ---------------------------------------------------------------------------------------------
+
+def joined(layers):
+    return "+".join(map(str, layers))
 
 
 def number(value):
     return "" if np.isnan(value) else f"{value:.2f}"
 
 
-def conclusions(score, poolings, combinations):
-    """The paper's conclusions 3, 4 and 5 as cells, from scores (P, M): each pooling's mean over the combinations, the
-    best single layer, the best combination, and what it is better by."""
-    first = [m for m, combination in enumerate(combinations) if len(combination) == 1]
-    p, s = np.unravel_index(score[:, first].argmax(), (len(poolings), len(first)))
-    q, m = np.unravel_index(score.argmax(), score.shape)
-    best_single = score[p, first[s]]
-    return [*(number(mean) for mean in score.mean(1)),
-            f"{combinations[first[s]][0]} {poolings[p]} {best_single:.2f}",
-            f"{'+'.join(map(str, combinations[m]))} {poolings[q]} {score[q, m]:.2f}", f"{score[q, m] - best_single:+.2f}"]
-
-
 def summary(results, chosen, oracle, select, hidden, seconds):
     """The report in Markdown, with what choices() gave. `select`: the protocol to rank by; `seconds`: of all models."""
-    confusion, poolings, rates, combinations, files, source = results
-    f1, macro = 100 * micro_f1(confusion), 100 * macro_f1(confusion)                            # (P, R, M, S, F)
-    groups = columns_of(files, source)
-    score = f1[..., groups[select]].mean(-1)                                                    # (P, R, M, S)
-    test = f1[..., groups["test"]].mean(-1) if "test" in groups else np.full(score.shape, np.nan)
-    mean = score.mean(3)                                                                        # (P, R, M)
-    best = mean.max(1)                                                                          # (P, M)
-    top = [[place, poolings[i[0]], "+".join(map(str, combinations[i[2]])), f"{rates[i[1]]:g}", number(mean[i]),
-            number(spread(score[i])), number(test[i].mean()), number(spread(test[i]))]
-           for place, i in enumerate(rank(mean, combinations)[:10], 1)]
-    by_rate = [[f"{rate:g}", *conclusions(mean[:, r], poolings, combinations)] for r, rate in enumerate(rates)]
-    by_rate += [["each at its best", *conclusions(best, poolings, combinations)]] * (len(rates) > 1)
+    keys, columns, source, confusion = results
+    f1, macro, groups = 100 * micro_f1(confusion), 100 * macro_f1(confusion), columns_of(columns, source)  # (G, S, F)
+    score = f1[..., groups[select]].mean(2)                                                     # (G, S)
+    test = f1[..., groups["test"]].mean(2) if "test" in groups else np.full(score.shape, np.nan)
+    mean = score.mean(1)                                                                        # (G,)
+    order = rank(keys, mean / 100)
+    poolings, rates = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 2))
+
+    def average(places):
+        return mean[places].mean() if places else np.nan
+
+    def conclusions(places):
+        best, single = (max(some, key=mean.__getitem__) for some in (places, [g for g in places if len(keys[g][1]) == 1]))
+        return [*(number(average([g for g in places if keys[g][0] == pooling])) for pooling in poolings),
+                *(f"{joined(keys[g][1])} {keys[g][0]} {mean[g]:.2f}" for g in (single, best)),
+                f"{mean[best] - mean[single]:+.2f}"]
+
+    top = [[place, keys[g][0], joined(keys[g][1]), f"{keys[g][2]:g}",
+            *(number(value) for x in (score[g], test[g]) for value in (x.mean(), spread(x)))]
+           for place, g in enumerate(order[:10], 1)]
+    by_rate = [[f"{lr:g}", *conclusions([g for g, key in enumerate(keys) if key[2] == lr])] for lr in rates]
+    by_rate += [["each at its best", *conclusions(order)]] * (len(rates) > 1)
     worth = []
-    for layer in sorted({layer for combination in combinations for layer in combination}):
-        has = np.array([layer in combination for combination in combinations])
-        without = best[:, ~has].mean() if (~has).any() else np.nan
-        worth.append([layer, number(best[:, has].mean()), number(without), number(best[:, has].mean() - without),
-                      *map(number, best[:, combinations.index((layer,))])])
-    tests = [i for i, name in enumerate(files) if name.startswith("test.")]
-    others = [k for k, i in enumerate(tests) if i in groups.get("test", [])]
-    picks = {name: [pick] * len(tests) for name, pick in chosen.items()}
-    if {files[i].split(".")[1] for i in tests} <= set(oracle):
-        picks["oracle"] = [oracle[files[i].split(".")[1]] for i in tests]
-    protocols = []
-    for name in [name for name in ("en", "joint", "oracle", "test") if name in picks and others]:
-        micros, macros = ([table[pick][:, i].mean() for pick, i in zip(picks[name], tests)] for table in (f1, macro))
-        p, r, m = picks[name][0]
-        choice = f"{poolings[p]} of {'+'.join(map(str, combinations[m]))}, lr {rates[r]:g}"
-        protocols.append([name, "per language" if name == "oracle" else choice, *map(number, micros),
-                          number(np.mean([micros[k] for k in others])), number(np.mean([macros[k] for k in others]))])
-    models = f1[..., 0].size
+    for layer in sorted({layer for _, layers, _ in keys for layer in layers}):
+        has, lacks = (average([g for g in order if (layer in keys[g][1]) == own]) for own in (True, False))
+        alone = [average([g for g in order if keys[g][:2] == (pooling, (layer,))]) for pooling in poolings]
+        worth.append([layer, *map(number, (has, lacks, has - lacks, *alone))])
+    protocols, tests = [], [i for i, column in enumerate(columns) if column.startswith("test_")]
+    languages = [columns[i][5:] for i in tests]
+    for name in ("en", "joint", "oracle", "test") if "test" in groups else ():
+        picks = oracle if name == "oracle" else dict.fromkeys(languages, chosen.get(name))
+        if None not in map(picks.get, languages):
+            scores = {i: (f1[picks[language], :, i].mean(), macro[picks[language], :, i].mean())
+                      for i, language in zip(tests, languages)}
+            pooling, layers, lr = keys[picks[languages[0]]]
+            protocols.append([
+                name, "per language" if name == "oracle" else f"{pooling} of {joined(layers)}, lr {lr:g}",
+                *(number(micro) for micro, _ in scores.values()),
+                *map(number, np.mean([scores[i] for i in groups["test"]], 0))])
     text = f"""# The search
 
-{models:,} models ({len(combinations)} combinations x {len(poolings)} poolings x {len(rates)} learning rates x \
-{f1.shape[3]} seeds{f', hidden layer of {hidden}' if hidden else ''}), {seconds:.1f} s, {1000 * seconds / models:.1f} ms \
-a model.
+{score.size:,} models ({len(order) // len(poolings)} combinations x {len(poolings)} poolings x {len(rates)} learning \
+rates x {score.shape[1]} seeds{f', hidden layer of {hidden}' if hidden else ''}), {seconds:.1f} s, \
+{1000 * seconds / score.size:.1f} ms a model.
 Micro-F1 in percent, mean and standard deviation (+-) over the seeds. Trained on {source}. Ranked by `{select}`: the
-mean over {', '.join(files[i] for i in groups[select])}; each combination at the learning rate that is best by it.
+mean of {', '.join(columns[i] for i in groups[select])}; each combination at the learning rate that is best by it.
 `paper F1` is the mean over the test sets of the languages other than {source}.
 
 {markdown_table(["rank", "pooling", "layers", "lr", "ranked by", "+-", "paper F1", "+-"], top)}
@@ -315,45 +314,37 @@ What each layer is worth:
 """
     if protocols:
         text += f"""
-What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot; `joint`: \
-on the
-mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper did.
+What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot; `joint`:
+on the mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper.
 
-{markdown_table(["protocol", "choice", *(files[i].split(".")[1] for i in tests), "paper F1", "macro-F1"], protocols)}
+{markdown_table(["protocol", "choice", *languages, "paper F1", "macro-F1"], protocols)}
 """
     return text
 
 
 def write_grid(out, results, labels, select, hidden, seconds, model):
     """Write results.csv, confusion.LANG.csv, summary.md and best.json of a grid folder; returns the summary."""
-    chosen, oracle = choices(results)
-    f1 = micro_f1(results.confusion)
+    (keys, columns, source, confusion), (chosen, oracle) = results, choices(results)
+    described = [{"layers": list(layers), "pooling": pooling, "lr": lr} for pooling, layers, lr in keys]
 
-    def described(pick):
-        return {"layers": list(results.combinations[pick[2]]), "pooling": results.poolings[pick[0]],
-                "lr": results.rates[pick[1]]}
+    def write_csv(name, *rows):
+        with write_atomic(out / name) as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
-    with write_atomic(out / "results.csv") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["pooling", "layers", "hidden", "lr", "seed",
-                         *(name.replace(".", "_", 1) for name in results.files)])
-        for p, r, m, seed in itertools.product(*map(range, f1.shape[:4])):
-            writer.writerow([results.poolings[p], "+".join(map(str, results.combinations[m])), hidden,
-                             f"{results.rates[r]:g}", seed, *(f"{value:.6f}" for value in f1[p, r, m, seed])])
-    for name, counts in zip(results.files, results.confusion[chosen[select]].sum(0)):           # (C, C), over seeds
-        if name.startswith("test."):
-            with write_atomic(out / f"confusion.{name[5:]}.csv") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["true \\ predicted", *labels])
-                writer.writerows([label, *row] for label, row in zip(labels, counts.tolist()))
+    write_csv("results.csv", ["pooling", "layers", "hidden", "lr", "seed", *columns], *(
+        [pooling, joined(layers), hidden, lr, seed, *(f"{value:.12g}" for value in scores)]
+        for (pooling, layers, lr), seeds in zip(keys, micro_f1(confusion)) for seed, scores in enumerate(seeds)))
+    for column, counts in zip(columns, confusion[chosen[select]].sum(0)):                       # (C, C), over seeds
+        if column.startswith("test_"):
+            write_csv(f"confusion.{column[5:]}.csv", ["true \\ predicted", *labels],
+                      *([label, *row] for label, row in zip(labels, counts.tolist())))
     text = summary(results, chosen, oracle, select, hidden, seconds)
     with write_atomic(out / "summary.md") as file:
         file.write(text)
     write_json(out / "best.json", {
-        **described(chosen[select]), "select": select, "hidden": hidden, "model": model,
-        "train_language": results.source,
-        "per_language": {language: described(pick) for language, pick in oracle.items()},
-        "protocols": {name: described(pick) for name, pick in chosen.items()}})
+        **described[chosen[select]], "select": select, "hidden": hidden, "model": model, "train_language": source,
+        "per_language": {language: described[g] for language, g in oracle.items()},
+        "protocols": {name: described[g] for name, g in chosen.items()}})
     return text
 
 
@@ -367,13 +358,10 @@ def read_grid(folder):
         columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
         for row in rows:
             key = row["pooling"], tuple(map(int, row["layers"].split("+"))), float(row["lr"])
-            entry = grid.setdefault(key, {column: [] for column in columns})
-            for column in columns:
-                entry[column].append(100 * float(row[column]))
-        grid = {key: {c: np.array(v) for c, v in entry.items()} for key, entry in grid.items()}
+            grid.setdefault(key, []).append([100 * float(row[column]) for column in columns])
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: not what grid_search.py writes ({error!r}): delete it, and run the search again") from None
-    return grid, columns, best
+    return {key: dict(zip(columns, np.transpose(scores))) for key, scores in grid.items()}, columns, best
 
 
 def mean_of_others(entry, split, source):
@@ -384,21 +372,17 @@ def mean_of_others(entry, split, source):
 
 def at_best_rate(grid, best):
     """Each pooling and combination of read_grid() at the rate that the selecting protocol prefers:
-    {(pooling, layers): (lr, entry)}; ties go to the smaller."""
-    source, select = best["train_language"], best["select"]
-    found = {}
-    for (pooling, layers, lr), entry in sorted(grid.items(), key=lambda item: item[0][2]):
-        score = np.mean(entry[f"dev_{source}"] if select == "en" else
-                        mean_of_others(entry, "test" if select == "test" else "dev", source))
-        if (pooling, layers) not in found or score > found[pooling, layers][0] + 1e-7:
-            found[pooling, layers] = score, lr, entry
-    return {key: value[1:] for key, value in found.items()}
+    {(pooling, layers): (lr, entry)}."""
+    keys = list(grid)
+    group = columns_of(grid[keys[0]], best["train_language"])[best["select"]]
+    places = rank(keys, [np.mean([list(entry.values())[i] for i in group]) / 100 for entry in grid.values()])
+    return {keys[g][:2]: (keys[g][2], grid[keys[g]]) for g in sorted(places)}
 
 
 # --- the search --------------------------------------------------------------------------------------------------
 
 def part_path(out, pooling, lr, seed):
-    return Path(out) / "parts" / f"{pooling}.{lr:g}.{seed}.npz"
+    return Path(out) / "parts" / f"{pooling}.{lr}.{seed}.npz"
 
 
 def load_part(path, shape):
@@ -420,24 +404,25 @@ def search(jobs, out, folder, manifest, layers, source, files, *, scale, precisi
     with progress_bar(total=steps * len(jobs), unit="step", disable=start_processes()[0] > 0) as bar:
         for (pooling, lr), seeds in jobs.items():
             bar.set_description(f"{pooling}, lr {lr:g}")
-            start = time.perf_counter()
+            start, mean, divisor = time.perf_counter(), 0, 1
 
             def load(stem):
-                features, labels = load_features(folder, manifest, stem, pooling, layers, device)
-                if scale == "layer":
-                    features = (features - mean) / spread_of
-                return features.to(precision), labels
+                return load_features(folder, manifest, stem, pooling, layers, device)
 
+            features, labels = load(f"train.{source}")
             if scale == "layer":
-                mean, spread_of = scaling(load_features(folder, manifest, f"train.{source}", pooling, layers, device)[0])
-                if same := [layer for layer, value in zip(layers, spread_of.flatten()) if value.isinf()]:
+                mean, divisor = scaling(features)
+                if same := [layer for layer, value in zip(layers, divisor.flatten()) if value.isinf()]:
                     say.add(f"{pooling} of layer {' '.join(map(str, same))} is the same for every row: left at zero")
-            weights = train_models(*load(f"train.{source}"), classes, seeds, lr=lr, progress=bar.update, **settings)
-            tables = np.stack([confusion_matrices(weights, *load(stem), classes) for stem in files])
+            weights = train_models(((features - mean) / divisor).to(precision), labels, classes, seeds, lr=lr,
+                                   progress=bar.update, **settings)
+            tables = []
+            for features, labels in map(load, files):
+                tables.append(confusion_matrices(weights, ((features - mean) / divisor).to(precision), labels, classes))
             seconds = (time.perf_counter() - start) / len(seeds)
-            for i, seed in enumerate(seeds):
+            for seed, confusion in zip(seeds, np.stack(tables, 1)):                             # (F, M, C, C)
                 with write_atomic(part_path(out, pooling, lr, seed), "wb") as file:
-                    np.savez(file, confusion=tables[:, i, 1:], seconds=seconds)             # (F, M, C, C)
+                    np.savez(file, confusion=confusion[:, 1:], seconds=seconds)
     print("".join(f"{sentence}\n" for sentence in sorted(say)), end="")
 
 
@@ -474,9 +459,9 @@ def parse_args(argv):
     group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                        help="of matrix products (default: auto: bf16 where the hardware has it)")
     args = parser.parse_args(argv)
-    for flag, values in (("--poolings", args.poolings), ("--lr", args.lr)):
-        if len(set(values)) < len(values):
-            parser.error(f"{flag} {' '.join(map(str, values))}: one is named twice")
+    for key in ("layers", "poolings", "lr"):
+        if len(set(values := getattr(args, key))) < len(values):
+            parser.error(f"--{key} {' '.join(map(str, values))}: one is named twice")
     if len(args.layers) > 14:
         parser.error(f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
                      "name 14 at most")
@@ -491,26 +476,27 @@ def main(argv=None):
         "complete": bool})
     if not manifest["complete"]:
         raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
-    check_layers(args.layers, max(manifest["layers"]), "--layers")
-    if missing := [pooling for pooling in args.poolings if pooling not in manifest["poolings"]]:
-        raise UserError(f"--poolings {missing[0]}: {args.features} holds {' '.join(manifest['poolings'])}: "
-                        "run extract.py again")
-    layers, seeds, rates = sorted(args.layers), list(range(args.seeds)), sorted(args.lr)
-    stems = [name.removesuffix(".tsv") for name in manifest["inputs"]]
-    trained = [stem.removeprefix("train.") for stem in stems if stem.startswith("train.")]
-    source = args.train_language or ("en" if "en" in trained or len(trained) != 1 else trained[0])
+    for key in ("layers", "poolings"):
+        if missing := [value for value in getattr(args, key) if value not in manifest[key]]:
+            raise UserError(f"--{key} {missing[0]}: {args.features} holds {' '.join(map(str, manifest[key]))}, "
+                            "which was all there was when extract.py wrote it")
+    stems = sorted(name.removesuffix(".tsv") for name in manifest["inputs"])
+    trained = [stem[6:] for stem in stems if stem.startswith("train.")]
+    source = args.train_language or (trained[0] if len(trained) == 1 else "en")
     files = sorted((stem for stem in stems if not stem.startswith("train.")),
-                   key=lambda s: (s[:3], not s.endswith(f".{source}"), s))
+                   key=lambda stem: (stem[:3], not stem.endswith(f".{source}"), stem))
+    columns = [stem.replace(".", "_", 1) for stem in files]
     if source not in trained or not files:
         raise UserError(f"{args.features}: the search needs train.{source} and a dev or test file, "
-                        f"it holds {' '.join(sorted(stems))}")
-    if args.select not in columns_of(files, source):
+                        f"it holds {' '.join(stems)} (--train-language)")
+    if args.select not in columns_of(columns, source):
         raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
-    precision = pick_precision("fp32" if args.precision == "auto" and device.type == "cuda"
-                               and not torch.cuda.is_bf16_supported(including_emulation=False) else args.precision,
-                               device)
+    precision = pick_precision(args.precision, device)
+    if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
+        precision = torch.float32
+    layers, rates, seeds, classes = sorted(args.layers), sorted(args.lr), range(args.seeds), len(manifest["labels"])
     combinations = [tuple(k for bit, k in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
-    classes = len(manifest["labels"])
+    groups = list(itertools.product(args.poolings, rates))
     settings = {key: getattr(args, key) for key in ("hidden", "epochs", "batch_size", "dropout")}
     description = {**settings, "seeds": args.seeds, "layers": layers, "poolings": args.poolings, "lr": rates,
                    "scale": args.scale, "train_language": source, "precision": str(precision).removeprefix("torch."),
@@ -521,29 +507,29 @@ def main(argv=None):
         if rank == 0:
             print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} "
                   f"poolings x {len(rates)} learning rates x {args.seeds} seeds = "
-                  f"{len(combinations) * len(args.poolings) * len(rates) * args.seeds:,} models, trained on {source}, on "
+                  f"{len(combinations) * len(groups) * args.seeds:,} models, trained on {source}, on "
                   f"{f'{world} processes' if world > 1 else device}, {description['precision']} products")
-        todo = [job for job in itertools.product(args.poolings, rates, seeds) if not part_path(out, *job).exists()]
+        todo = [(group, seed) for group in groups for seed in seeds if not part_path(out, *group, seed).exists()]
         agree()  # all have looked before one writes
         mine = {}  # this process's share
-        for pooling, lr, seed in todo[rank::world]:
-            mine.setdefault((pooling, lr), []).append(seed)
+        for group, seed in todo[rank::world]:
+            mine.setdefault(group, []).append(seed)
         with out_of_memory("name fewer --layers, or --seeds at a time"):
             search(mine, out, args.features, manifest, layers, source, files, scale=args.scale, precision=precision,
                    device=device, **settings)
         agree()  # all parts are there
         if rank > 0:
             return 0
-        parts = [[[load_part(part_path(out, pooling, lr, seed), (len(files), len(combinations), classes, classes))
-                   for seed in seeds] for lr in rates] for pooling in args.poolings]
-        confusion = np.array([[[part[0] for part in row] for row in rows] for rows in parts])  # (P, R, S, F, M, C, C)
-        results = Results(confusion.transpose(0, 1, 4, 2, 3, 5, 6), args.poolings, rates, combinations, files, source)
+        shape = len(files), len(combinations), classes, classes
+        parts = [[load_part(part_path(out, *group, seed), shape) for seed in seeds] for group in groups]
+        confusion = np.moveaxis([[part[0] for part in row] for row in parts], 3, 1)             # (P * R, M, S, F, C, C)
+        results = Results([(pooling, layers, lr) for pooling, lr in groups for layers in combinations], columns, source,
+                          confusion.reshape(-1, *confusion.shape[2:]))
         text = write_grid(out, results, manifest["labels"], args.select, args.hidden,
-                          sum(part[1] for rows in parts for row in rows for part in row), manifest.get("model"))
+                          sum(part[1] for row in parts for part in row), manifest.get("model"))
         finish_folder(out, "run.json")
     best = read_json(out / "best.json", "grid_search.py", {})
-    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; "
-          f"written to {out}/")
+    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; written to {out}/")
     return 0
 
 

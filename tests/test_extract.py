@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import extract
 from conftest import make_data, make_model
-from files import sha256
-from model import POOLINGS
+from common import sha256
+from model import POOLINGS, Classifier, load_encoder, load_model
 
 ROWS = {"train.en": 13, "dev.en": 5, "dev.de": 5, "test.en": 7, "test.de": 7}
 FAMILIES = ["bert", "xlm-roberta", "distilbert"]
@@ -92,7 +92,7 @@ def test_files_hold_the_states_of_plain_transformers_row_by_row(run, folders, da
                 del inputs["token_type_ids"]
             with torch.no_grad():
                 states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[:, 0].numpy()   # (L, T, D)
-            for pooling, expected in (("max", states.max(1)), ("mean", states.mean(1)), ("cls", states[:, 0])):
+            for pooling, expected in {"max": states.max(1), "mean": states.mean(1), "cls": states[:, 0]}.items():
                 np.testing.assert_allclose(arrays[pooling][:, i], expected, rtol=0, atol=1e-5, err_msg=f"{stem} {pooling} {i}")
         labels = np.load(tmp_path / "out" / f"{stem}.labels.npy")
         assert labels.dtype == np.int64 and labels.tolist() == [names.index(row["label"]) for row in rows]
@@ -103,6 +103,7 @@ def test_pairs_are_read_as_pairs_and_cut_to_the_length(run, folders, tmp_path):
     (tmp_path / "pairs/labels.txt").write_text("yes\nno\n")
     first, second = "money refund agent person parcel late cancel", "order please"
     (tmp_path / "pairs/dev.en.tsv").write_text(f"text_a\ttext_b\tlabel\n{second}\t{second}\tno\n{first}\t{second}\tyes\n")
+    shutil.copy(tmp_path / "pairs/dev.en.tsv", tmp_path / "pairs/train.en.tsv")
     assert run("--dtype", "float32", *FP32, "--max-length", 9, data=tmp_path / "pairs")[0] == 0
     tokenizer, model = AutoTokenizer.from_pretrained(folders["bert"]), AutoModel.from_pretrained(folders["bert"]).eval()
     with torch.no_grad():
@@ -132,13 +133,13 @@ def test_bf16_products_come_close_to_float32(run, tmp_path):
 
 def test_the_manifest_says_what_the_files_are(run, folders, data, tmp_path):
     code, out, _ = run("--dtype", "float32", *FP32, "--max-length", 17)
-    assert code == 0 and "37 rows in 5 files -> 4 layers x 3 poolings x 36, float32" in out
+    assert code == 0 and f"37 rows in 5 files -> 4 layers x {len(POOLINGS)} poolings x 36, float32" in out
     assert finals(tmp_path / "out") == sorted([*FINAL, "manifest.json"])
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".lock"]
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     expected = {
-        "format": 1, "complete": True, "model": folders["bert"], "revision": sha256(f"{folders['bert']}/model.safetensors"),
-        "layers": [0, 1, 2, 3], "poolings": ["max", "mean", "cls"], "hidden_size": 36, "dtype": "float32", "precision": "float32",
+        "format": 1, "complete": True, "model": folders["bert"], 
+        "revision": sha256(f"{folders['bert']}/model.safetensors"), "layers": [0, 1, 2, 3], "poolings": list(POOLINGS), "hidden_size": 36, "dtype": "float32", "precision": "float32",
         "max_length": 17, "labels": ["refund", "agent", "delivery", "cancel"], "batch_size": 3,
         "inputs": {f"{stem}.tsv": {"sha256": sha256(f"{data}/{stem}.tsv"), "rows": count} for stem, count in ROWS.items()}}
     assert {key: manifest[key] for key in expected} == expected
@@ -166,18 +167,17 @@ def scaled_model(folders, folder, factor):
 
 def test_a_value_too_large_for_float16_names_the_flag_and_leaves_no_file(run, folders, data, tmp_path):
     large = scaled_model(folders, tmp_path / "large", 1e6)
-    refused(run(*FP32, model=large), f"{data}/train.en.tsv: a hidden state of ", " does not fit float16: give --dtype float32")
+    refused(run(*FP32, model=large), f"train.en.tsv: a hidden state of ", " does not fit float16: give --dtype float32")
     assert finals(tmp_path / "out") == ["manifest.json"]
     assert json.loads((tmp_path / "out/manifest.json").read_text())["complete"] is False
     assert run(*FP32, "--dtype", "float32", "--overwrite", model=large)[0] == 0
     assert np.abs(np.load(tmp_path / "out/train.en.max.npy")).max() > np.finfo(np.float16).max
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_states_that_are_not_finite_are_an_error(run, folders, data, tmp_path, factor, dtype):
-    refused(run(*FP32, "--dtype", dtype, model=scaled_model(folders, tmp_path / "broken", factor)),
-            f"{data}/train.en.tsv: the encoder gives hidden states that are not finite")
+def test_states_that_are_not_finite_are_an_error(run, folders, tmp_path, dtype):
+    refused(run(*FP32, "--dtype", dtype, model=scaled_model(folders, tmp_path / "broken", float("inf"))),
+            "train.en.tsv: the encoder gives hidden states that are not finite")
     assert finals(tmp_path / "out") == ["manifest.json"]
 
 
@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on_where_it_was(run, unstopped, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(unstopped)
 
 
-@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("moved", range(len(POOLINGS) + 2))
 def test_a_stop_while_a_files_parts_are_renamed_loses_nothing(run, unstopped, tmp_path, monkeypatch, moved):
     replace, moves = os.replace, []
 
@@ -218,7 +218,7 @@ def test_a_stop_while_a_files_parts_are_renamed_loses_nothing(run, unstopped, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stopping)
-        assert run(*FP32)[0] == (130 if moved < 4 else 0)  # three poolings and the labels
+        assert run(*FP32)[0] == (130 if moved < len(POOLINGS) + 1 else 0)  # and the labels
     assert run(*FP32)[0] == 0
     assert contents(tmp_path / "out") == contents(unstopped)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".lock"]
@@ -257,7 +257,7 @@ def test_another_setting_over_the_same_folder_is_refused_by_name(run, unstopped,
 
 def test_another_model_or_other_data_over_the_same_folder_are_refused_by_name(run, folders, unstopped, data, tmp_path):
     other = make_model(tmp_path / "other", blocks=LAYERS - 1, seed=1)
-    refused(run(*FP32, model=other, out=unstopped), "model was ", "revision was ")
+    assert "model was" not in refused(run(*FP32, model=other, out=unstopped), "revision was ")
     shutil.copytree(data, tmp_path / "changed")
     path = tmp_path / "changed/dev.de.tsv"
     path.write_text(path.read_text().replace("bitte", "jetzt"))
@@ -268,20 +268,88 @@ def test_another_model_or_other_data_over_the_same_folder_are_refused_by_name(ru
     assert run(*FP32, data=tmp_path / "changed", model=other, out=tmp_path / "copy")[0] == 0
 
 
-def test_a_model_changed_in_place_is_noticed(run, folders, tmp_path):
-    model = scaled_model(folders, tmp_path / "model", 1)
-    run(*FP32, model=model)
-    make_model(model, blocks=LAYERS - 1, seed=1)
-    message = refused(run(*FP32, model=model), "revision was ")
-    assert "model was" not in message
-
-
 def test_a_folder_that_holds_something_else_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
-    refused(run(*FP32), f"{tmp_path / 'out'} holds thesis.txt but no manifest.json: give another --out, or --overwrite")
+    refused(run(*FP32), f"{tmp_path / 'out'} holds thesis.txt but no manifest.json")
+    refused(run(*FP32, "--overwrite"), "holds thesis.txt but no manifest.json")
     assert finals(tmp_path / "out") == ["thesis.txt"]
-    assert run(*FP32, "--overwrite")[0] == 0 and finals(tmp_path / "out") == sorted([*FINAL, "manifest.json"])
+
+
+def test_a_list_says_which_batches_are_done(run, unstopped, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(*FP32)[0] == 130
+    done = np.load(tmp_path / "out/.train.en.done.part", mmap_mode="r+")
+    assert done.tolist() == [1, 1, 0]
+    done[:] = [0, 1, 0]  # as of two processes, of which the first was stopped in its first batch
+    done.flush()
+    assert len(calls := stop_after(monkeypatch, 99)) == 0 and run(*FP32)[0] == 0
+    assert len(calls) == 10 and contents(tmp_path / "out") == contents(unstopped)
+
+
+@pytest.mark.parametrize("name", [".train.en.done.part", ".train.en.mean.npy.part"])
+def test_a_part_that_is_cut_short_is_named(run, tmp_path, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run(*FP32)[0] == 130
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(run(*FP32), f"{path} is damaged or cut short", "--overwrite starts anew")
+    assert run(*FP32, "--overwrite")[0] == 0
+
+
+# --- the source language -----------------------------------------------------------------------------------------
+
+def test_train_files_are_read_that_are_asked_for(run, data, tmp_path):
+    def stems():
+        return {name.split(".labels")[0] for name in finals(tmp_path / "out") if name.endswith("labels.npy")}
+
+    world = tmp_path / "world"
+    shutil.copytree(data, world)
+    for language in ("de", "zh_Hant", "pt-BR"):
+        shutil.copy(world / "train.en.tsv", world / f"train.{language}.tsv")
+    shutil.copy(world / "dev.de.tsv", world / "dev.zh_Hant.tsv")
+    others = {"dev.en", "dev.de", "dev.zh_Hant", "test.en", "test.de"}
+    for languages, expected in (((), ["en"]), (("zh_Hant", "pt-BR"), ["zh_Hant", "pt-BR"])):
+        assert run(*FP32, *(["--train-languages", *languages] if languages else []), "--overwrite", data=world)[0] == 0
+        assert stems() == {*(f"train.{language}" for language in expected), *others}
+    refused(run("--train-languages", "fr", data=world, out=tmp_path / "new"), "train.fr.tsv does not exist; train is there in: ")
+    (world / "train.en.tsv").unlink()
+    refused(run(data=world, out=tmp_path / "new"), f"{world} has train files in de pt-BR zh_Hant")
+    for language in ("de", "pt-BR"):
+        (world / f"train.{language}.tsv").unlink()
+    assert run(*FP32, "--overwrite", data=world)[0] == 0 and stems() == {"train.zh_Hant", *others}  # the only one
+
+
+# --- a pooling more ----------------------------------------------------------------------------------------------
+
+def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(run, script, folders, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(POOLINGS, "least", lambda states, tokens: states.masked_fill(~tokens, torch.inf).amin(dim=1))
+    assert run("--dtype", "float32", *FP32)[0] == 0
+    features = np.load(tmp_path / "out/dev.de.least.npy")                                       # (L, N, D)
+    search = ("--features", tmp_path / "out", "--layers", 1, 3, "--seeds", 1, "--epochs", 1, "--scale", "none", "--lr", 0.1)
+    code, out, _ = script("grid_search", *search, "--out", tmp_path / "all")
+    assert code == 0 and f"x {len(POOLINGS)} poolings" in out and "mean: least" in out
+    assert script("grid_search", *search, "--out", tmp_path / "grid", "--poolings", "least")[0] == 0
+    best = json.loads((tmp_path / "grid/best.json").read_text())
+    assert best["pooling"] == "least"
+
+    model = Classifier(load_encoder(folders["bert"])[0], "abcd", layers=[1, 3], pooling="least").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders["bert"])
+    with open(Path(data, "dev.de.tsv"), encoding="utf-8") as file:
+        batch = tokenizer([line.split("\t")[0] for line in file][1:], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.classifier(torch.from_numpy(np.concatenate([features[1], features[3]], axis=1)))
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
+
+    assert script("train", "--model", folders["bert"], "--data", data, "--out", tmp_path / "run", "--epochs", 1, "--layers-from",
+                  tmp_path / "grid/best.json", "--precision", "fp32", "--max-length", 33)[0] == 0
+    trained = load_model(tmp_path / "run/epochs/1")
+    assert (trained.pooling, trained.layers) == ("least", best["layers"])
+    monkeypatch.delitem(POOLINGS, "least")
+    code, _, err = script("grid_search", *search, "--out", tmp_path / "grid", "--poolings", "least")
+    assert code == 2 and "invalid choice: 'least'" in err
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -290,8 +358,8 @@ def test_bad_input_is_one_sentence_and_makes_no_folder(run, folders, data, tmp_p
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/labels.txt").write_text("a\nb\n")
     refused(run(data=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'} is not a data set folder: it has no labels.txt")
-    refused(run(data=tmp_path / "empty"), f"{tmp_path / 'empty'} has no train, dev or test file")
-    refused(run(model=tmp_path / "nowhere"), f"no tokenizer can be loaded from '{tmp_path / 'nowhere'}'")
+    refused(run(data=tmp_path / "empty"), f"{tmp_path / 'empty'}/train.en.tsv does not exist; train is there in: no language")
+    refused(run(model=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such folder")
     refused(run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions this encoder has")
     refused(run("--max-length", 2), "--max-length 2: expected 3 to 64")
     refused(run("--batch-size", 0), "--batch-size: 0, expected 1 or more")
@@ -303,3 +371,16 @@ def test_a_bad_line_of_data_is_named(run, data, tmp_path):
     with open(tmp_path / "bad/dev.de.tsv", "a") as file:
         file.write("geld\tmoney\n")
     refused(run(data=tmp_path / "bad"), f"{tmp_path}/bad/dev.de.tsv, line 7: unknown label 'money'")
+
+
+def test_a_token_that_the_encoder_does_not_know_is_an_error(run, folders, data, tmp_path):
+    shutil.copytree(folders["bert"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    known = len(tokenizer)
+    tokenizer.add_tokens(["xxurlxx"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data/dev.de.tsv"
+    path.write_text(path.read_text().replace("bitte", "xxurlxx", 1))
+    refused(run(model=tmp_path / "model", data=tmp_path / "data"), f"the tokenizer gives token {known}, the encoder knows {known}")
+    assert "dev.de.max.npy" not in finals(tmp_path / "out") and "dev.en.max.npy" in finals(tmp_path / "out")
