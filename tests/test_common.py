@@ -1,14 +1,19 @@
-"""files.py: whole files or none, output folders that go on or refuse, and what a user sees of an error."""
+"""common.py: whole files or none, output folders that go on or refuse, and what a user sees of an error."""
+import argparse
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-import files
+import common
 from conftest import ROOT
 
 FULL = OSError(28, "No space left on device")
@@ -18,7 +23,7 @@ def run_cli(main, monkeypatch, capsys):
     """Exit status, stdout and stderr of a script with this main."""
     monkeypatch.setattr(sys, "argv", ["some/where/train.py", "--flag"])
     with pytest.raises(SystemExit) as stop:
-        files.cli(main)
+        common.cli(main)
     return stop.value.code or 0, *capsys.readouterr()
 
 
@@ -32,9 +37,9 @@ def keep_sigterm():
 
 
 @pytest.mark.parametrize("error, status, message", [
-    (files.UserError("x.tsv, line 3: no"), 2, "train.py: error: x.tsv, line 3: no\n"),
+    (common.UserError("x.tsv, line 3: no"), 2, "train.py: error: x.tsv, line 3: no\n"),
     (FULL, 2, "train.py: error: [Errno 28] No space left on device\n"),
-    (FileNotFoundError(2, "Not there", "a/b"), 2, "train.py: error: [Errno 2] Not there: 'a/b'\n"),
+    (PermissionError(13, "Denied", "a/b"), 2, "train.py: error: [Errno 13] Denied: 'a/b'\n"),
     (KeyboardInterrupt(), 130, ""),
     (SystemExit(5), 5, ""),
 ])
@@ -50,20 +55,23 @@ def test_cli_passes_mains_status_on(monkeypatch, capsys, status):
     assert run_cli(lambda: status, monkeypatch, capsys) == (status or 0, "", "")
 
 
-def test_cli_leaves_our_own_mistakes_their_traceback(monkeypatch):
-    with pytest.raises(ZeroDivisionError):
-        files.cli(lambda: 1 / 0)
+@pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(2, "Not there", "a/b"), ConnectionError("gone")])
+def test_cli_leaves_our_own_mistakes_their_traceback(error, monkeypatch):
+    def main():
+        raise error
+    with pytest.raises(type(error)):
+        common.cli(main)
 
 
 def child(code, **options):
-    """A Python process that has imported files."""
+    """A Python process that has imported common."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    return subprocess.Popen([sys.executable, "-c", "import files, time, sys\n" + code], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([sys.executable, "-c", "import common, time, sys\n" + code], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def test_a_reader_that_went_away_is_no_error():
-    with child("sys.stdin.readline()\nfiles.cli(lambda: print('x'))", stdin=subprocess.PIPE) as process:
+    with child("sys.stdin.readline()\ncommon.cli(lambda: print('x'))", stdin=subprocess.PIPE) as process:
         process.stdout.close()
         process.stdin.write("\n")
         process.stdin.close()
@@ -73,11 +81,11 @@ def test_a_reader_that_went_away_is_no_error():
 def test_sigterm_leaves_no_temporary_file(tmp_path):
     code = f"""
 def main():
-    with files.write_atomic({str(tmp_path / 'x.txt')!r}) as file:
+    with common.write_atomic({str(tmp_path / 'x.txt')!r}) as file:
         file.write('half')
         print('writing', flush=True)
         time.sleep(20)
-files.cli(main)"""
+common.cli(main)"""
     with child(code) as process:
         assert process.stdout.readline() == "writing\n" and list(tmp_path.iterdir())
         process.terminate()
@@ -94,7 +102,7 @@ def test_write_atomic_leaves_the_old_file_on_an_error(tmp_path, error, old):
         path.parent.mkdir()
         path.write_bytes(old)
     with pytest.raises(type(error)):
-        with files.write_atomic(path) as file:
+        with common.write_atomic(path) as file:
             file.write("half")
             file.flush()
             raise error
@@ -106,42 +114,47 @@ def test_write_atomic_takes_the_place_when_it_is_whole(tmp_path, mode, content, 
     path = tmp_path / "a" / "b" / "x"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"old")
-    with files.write_atomic(path, mode) as file:
+    with common.write_atomic(path, mode) as file:
         file.write(content)
         file.flush()
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == expected and [p.name for p in path.parent.iterdir()] == ["x"]
     assert path.stat().st_mode & 0o777 == 0o644
-    assert files.sha256(path) == hashlib.sha256(expected).hexdigest()
+    assert common.sha256(path) == hashlib.sha256(expected).hexdigest()
 
 
 def test_json_goes_and_comes_back(tmp_path):
     value = {"ä": [1, 2.5, None], "b": {"c": "中"}}
-    files.write_json(tmp_path / "x.json", value)
-    assert files.read_json(tmp_path / "x.json", {"ä": list, "b": {"c": str}}) == value
+    common.write_json(tmp_path / "x.json", value)
+    assert common.read_json(tmp_path / "x.json", "data.py", {"ä": list, "b": {"c": str}}) == value
     assert "中" in (tmp_path / "x.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "x.json does not exist"),
-    (b"", "x.json is not valid JSON: Expecting value"),
-    (b'{"a": 1', "x.json is not valid JSON: "),
-    (b'{"a": "\xff"}', "x.json is not valid JSON: "),
-    (b"[" * 100_000, "x.json is not valid JSON: "),
-    (b'{"b": "\\ud800"}', "x.json is not valid JSON: "),
-    (b"[1]", "x.json: expected it to be an object"),
-    (b'{"b": {}}', "x.json: expected 'a' to be a list"),
-    (b'{"a": {}, "b": {}}', "x.json: expected 'a' to be a list"),
-    (b'{"a": [1, true], "b": {}}', "x.json: expected each entry of 'a' to be a whole number"),
-    (b'{"a": [1], "b": {"c": {"d": 1}}}', "x.json: expected 'd' to be text"),
-    (b'{"a": [1], "b": {"c": []}}', "x.json: expected each entry of 'b' to be an object"),
+    (b"", "Expecting value: line 1"),
+    (b'{"a": 1', "Expecting ',' delimiter"),
+    (b'{"a": "\xff"}', "'utf-8' codec can't decode"),
+    (b"[" * 100_000, "maximum recursion depth"),
+    (b'{"b": "\\ud800"}', "'utf-8' codec can't encode"),
+    (b"[1]", "a"), (b'{"b": {}}', "a"), (b'{"a": {}, "b": {}}', "a"), (b'{"a": [1, true], "b": {}}', "a"),
+    (b'{"a": [1], "b": {"c": {"d": 1}}}', "b"), (b'{"a": [1], "b": {"c": []}}', "b"), (b'{"a": [1], "b": {"c": {}}}', "b"),
 ])
 def test_read_json_says_what_is_wrong(tmp_path, content, message):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(files.UserError) as error:
-        files.read_json(tmp_path / "x.json", {"a": [int], "b": {str: {"d": str}}})
-    assert f"{tmp_path}/{message}" in str(error.value)
+    with pytest.raises(common.UserError) as error:
+        common.read_json(tmp_path / "x.json", "train.py", {"a": [int], "b": {str: {"d": str}}})
+    if content is not None:
+        assert str(error.value).endswith("): delete it, or --overwrite")
+        message = f"x.json: not what train.py writes ({message}"
+    assert str(error.value).startswith(f"{tmp_path}/{message}")
+
+
+@pytest.mark.parametrize("value, fits", [
+    ({"a": [1, 2], "b": {"x": {"d": "y"}, "z": {"d": ""}}}, True), ({"a": [], "b": {}, "c": None}, True), ({"a": [1.0], "b": {}}, False)])
+def test_forms_of_json(value, fits):
+    assert common.fits(value, {"a": [int], "b": {str: {"d": str}}}) is fits
 
 
 # --- output folders ----------------------------------------------------------------------------------------------
@@ -149,14 +162,18 @@ def test_read_json_says_what_is_wrong(tmp_path, content, message):
 JOB = {"model": "tiny", "layers": (6, 8), "sha256": {"dev.en": "ab", "dev.de": "cd"}}
 
 
+def start(folder, job=JOB, overwrite=False, **noted):
+    return common.start_folder(folder, "run.json", "train.py", job, noted, overwrite)
+
+
 def test_the_same_job_goes_on_and_ends(tmp_path):
-    assert files.start_folder(tmp_path, "run.json", JOB, extra={"command": "first"}) is False
+    assert start(tmp_path, command="first") is False
     (tmp_path / "part.npy").write_bytes(b"1")
-    assert files.start_folder(tmp_path, "run.json", JOB, extra={"command": "second"}) is False
+    assert start(tmp_path, command="second") is False
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "complete": False, **JOB, "layers": [6, 8], "command": "first"}
-    files.finish_folder(tmp_path, "run.json")
-    assert files.start_folder(tmp_path, "run.json", JOB) is True
+    common.finish_folder(tmp_path, "run.json")
+    assert start(tmp_path) is True
     assert (tmp_path / "part.npy").read_bytes() == b"1"
 
 
@@ -168,67 +185,73 @@ def test_the_same_job_goes_on_and_ends(tmp_path):
     ({"model": "big", "layers": []}, "model was 'tiny', is now 'big'; layers was [6, 8], is now []"),
 ])
 def test_another_job_is_refused_with_what_differs(tmp_path, change, message):
-    files.start_folder(tmp_path, "run.json", JOB)
+    start(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(files.UserError) as error:
-        files.start_folder(tmp_path, "run.json", {**JOB, **change})
+    with pytest.raises(common.UserError) as error:
+        start(tmp_path, {**JOB, **change})
     assert str(error.value) == (f"{tmp_path} was made with other settings: {message}. Give another --out, or --overwrite to "
                                 "delete it and start anew")
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_refused_and_left_alone(overwrite, tmp_path):
+    """--overwrite, too, deletes only what holds our own file: not a repository, not the folder above the runs."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("{}")
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(files.UserError, match="holds thesis.tex but no run.json: give another --out, or --overwrite"):
-        files.start_folder(tmp_path, "run.json", JOB)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with common.claim(tmp_path), pytest.raises(common.UserError) as error:
+        start(tmp_path, overwrite=overwrite)
+    assert str(error.value) == (f"{tmp_path} holds mine but no run.json, so it is none that train.py made: give another --out, or "
+                                "delete it yourself")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "mine", "run.json", "thesis.tex"]
 
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_what_a_killed_process_left_half_written_is_swept(tmp_path, complete):
-    files.start_folder(tmp_path, "run.json", JOB)
+    start(tmp_path)
     if complete:
-        files.finish_folder(tmp_path, "run.json")
+        common.finish_folder(tmp_path, "run.json")
     (tmp_path / "parts").mkdir()
     for name in (".results.csv.abc.tmp", "parts/.max.0.npz.abc.tmp", "kept.tmp"):
         (tmp_path / name).write_text("half")
-    assert files.start_folder(tmp_path, "run.json", JOB) is complete
+    assert start(tmp_path) is complete
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["kept.tmp", "run.json"]
 
 
 def test_a_killed_start_is_gone_on_from(tmp_path):
     (tmp_path / ".run.json.k3x.tmp").write_text("{")  # what write_atomic leaves when it is killed outright
-    assert files.start_folder(tmp_path, "run.json", JOB) is False
+    assert start(tmp_path) is False
 
 
 def test_overwrite_starts_anew(tmp_path):
-    with files.claim(tmp_path):
-        files.start_folder(tmp_path, "run.json", JOB)
+    with common.claim(tmp_path):
+        start(tmp_path)
         (tmp_path / "epochs" / "1").mkdir(parents=True)
         (tmp_path / "epochs" / "1" / "x").touch()
-        files.finish_folder(tmp_path, "run.json")
-        assert files.start_folder(tmp_path, "run.json", {"model": "big"}, overwrite=True) is False
+        common.finish_folder(tmp_path, "run.json")
+        assert start(tmp_path, {"model": "big"}, overwrite=True) is False
     assert json.loads((tmp_path / "run.json").read_text()) == {"complete": False, "model": "big"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
 
 
 def test_start_folder_says_when_its_note_is_broken(tmp_path):
     (tmp_path / "run.json").write_text('{"model": "tiny"}')
-    with pytest.raises(files.UserError, match="run.json: expected 'complete' to be true or false"):
-        files.start_folder(tmp_path, "run.json", JOB)
+    with pytest.raises(common.UserError, match=r"run.json: not what train.py writes \(complete\)"):
+        start(tmp_path)
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     folder = tmp_path / "new" / "run"
-    code = f"with files.claim({str(folder)!r}):\n    print('held', flush=True)\n    time.sleep(20)"
+    code = f"with common.claim({str(folder)!r}):\n    print('held', flush=True)\n    time.sleep(20)"
     with child(code) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(files.UserError, match=f"^{folder} is in use by another process$"):
-            with files.claim(folder):
+        with pytest.raises(common.UserError, match=f"^{folder} is in use by another process$"):
+            with common.claim(folder):
                 pass
         process.kill()
         process.wait(20)
-        with files.claim(folder):  # a killed process holds nothing
+        with common.claim(folder):  # a killed process holds nothing
             pass
 
 
@@ -239,5 +262,105 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     ({"a": {"b": 1}}, {"a": 5}, ["a was {'b': 1}, is now 5"]),
 ])
 def test_differences(old, new, expected):
-    assert files.differences(old, new) == expected
-    assert len(files.differences({"a": "x" * 999}, {"a": ""})[0]) == 200
+    assert common.differences(old, new) == expected
+    assert len(common.differences({"a": "x" * 999}, {"a": ""})[0]) == 200
+
+
+# --- what the scripts share beside ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bounds, good, bad", [
+    ({"low": 1}, ["1", "7"], ["0", "-3"]), ({"low": 0, "below": 4}, ["0", "3"], ["4", "-1"])])
+def test_in_range_of_whole_numbers(bounds, good, bad):
+    parse = common.in_range(int, **bounds)
+    assert [parse(text) for text in good] == [int(text) for text in good] and parse.__name__ == "int"
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text}, expected {bounds['low']} or more"):
+            parse(text)
+    with pytest.raises(ValueError):
+        parse("1.5")
+
+
+@pytest.mark.parametrize("bounds, good, bad", [
+    ({"above": 0}, ["1e-9", "inf"], ["0", "-1", "nan"]), ({"low": 0, "below": 1}, ["0", "0.999"], ["1", "nan", "inf", "-0.1"])])
+def test_in_range_of_fractions(bounds, good, bad):
+    parse = common.in_range(float, **bounds)
+    assert [parse(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+
+
+@pytest.mark.parametrize("content, shape, message", [
+    (None, (2, 3), "x.npy does not exist: do it again"), (b"", (2, 3), "x.npy is damaged or cut short"),
+    (np.zeros((2, 3), "f2"), (3, 2), r"x.npy has shape \(2, 3\) and type float16, expected \(3, 2\) of floats: do it again"),
+    (np.zeros((2, 3), "i8"), (2, 3), "type int64, expected"), (np.zeros((2, 3), "f2"), (2, 3), None)])
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_arrays_are_mapped_when_they_are_whole(content, shape, message, mode, tmp_path):
+    path = tmp_path / "x.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    if message is None:
+        array = common.load_array(path, shape, mode=mode)
+        assert isinstance(array, np.memmap) and array.shape == shape and array.mode == mode
+        path.write_bytes(path.read_bytes()[:-1])
+        message = "x.npy is damaged or cut short"
+    with pytest.raises(common.UserError, match=message):
+        common.load_array(path, shape, remedy="do it again", mode=mode)
+
+
+def rows_of(dev, source="en"):
+    """Rows of metrics.jsonl: {language: accuracy after each epoch}."""
+    return [{"epoch": epoch, "split": "dev", "language": language, "accuracy": accuracies[epoch - 1]}
+            for epoch in range(1, 1 + len(dev[source])) for language, accuracies in dev.items()]
+
+
+@pytest.mark.parametrize("source, expected", [
+    ("en", {"en": 2, "de": 1, "zh": 3, "joint": 3}),  # joint by hand: .55 .35 .6
+    ("de", {"en": 2, "de": 1, "zh": 3, "joint": 2})])  # .35 .7 .65: the others are all but the source
+def test_the_best_epoch_by_each_protocol(source, expected):
+    rows = rows_of({"en": [.3, .9, .6], "de": [.7, .2, .5], "zh": [.4, .5, .7]})
+    assert common.best_epochs(rows, source) == expected
+    half = [{"epoch": 2.5, "split": "dev", "language": "en", "accuracy": 1.0},
+            {"epoch": 3, "split": "train", "language": "", "accuracy": 1.0}]  # no model is saved in the midst of an epoch
+    assert common.best_epochs(rows + half, source) == expected
+
+
+def test_ties_go_to_the_earlier_epoch_and_sets_that_were_not_always_there_are_left_out():
+    rows = rows_of({"en": [.5, .5, .4], "de": [.1, .3, .3]})
+    assert common.best_epochs(rows, "en") == {"en": 1, "de": 2, "joint": 2}
+    assert common.best_epochs(rows[:-1], "en") == {"en": 1}
+    tested = [{**row, "split": "test"} for row in rows_of({"en": [.9, .1, .1], "de": [.1, .2, .3]})]
+    assert common.best_epochs(rows + tested, "en") == {"en": 1, "de": 2, "joint": 2, "test": 3}
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("runs/of/mine", True), ("./model", True), ("~/model", True), ("here/model", True), ("bert-base-uncased", False),
+    ("google/bert", False), ("here", False)])
+def test_a_model_path_that_looks_like_a_folder_and_is_none(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with contextlib.nullcontext() if not folder else pytest.raises(common.UserError, match=f"^{name}: no such folder$"):
+        common.check_model_name(name)
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. See more"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Buy new"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False)])
+def test_running_out_of_memory_is_one_sentence_with_advice(error, said):
+    with pytest.raises(common.UserError if said else RuntimeError) as caught:
+        with common.out_of_memory("halve it"):
+            raise error
+    assert (str(caught.value).startswith("out of memory on ") and str(caught.value).endswith(": halve it")) == said
+
+
+def test_a_markdown_table_is_aligned_and_its_bars_are_escaped():
+    assert common.markdown_table(["name", "a"], [["x|y", 1.5], ["z", 20]]).splitlines() == [
+        "| name |   a |", "|------|-----|", "| x\\|y | 1.5 |", "| z    |  20 |"]
+
+
+def test_spread_is_that_of_a_sample():
+    assert common.spread([1.0, 2.0, 6.0]) == pytest.approx(statistics.stdev([1, 2, 6]))
+    assert common.spread([5.0]) == 0 and common.spread(np.ones((2, 3)), axis=0).tolist() == [0, 0, 0]

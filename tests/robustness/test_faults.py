@@ -13,7 +13,7 @@ from test_kill import contents
 
 SCRIPTS = ["extract", "grid_search", "train"]
 # a limit on the size of a file that the small ones keep and the large one does not
-LARGEST = {"extract": ("test.en.max.npy", 8_000), "grid_search": ("parts/max.0.npz", 1_500), "train": ("resume/state.pt", 300_000)}
+LARGEST = {"extract": ("test.en.max.npy", 8_000), "grid_search": ("parts/max.0.001.0.npz", 1_500), "train": ("resume/state.pt", 300_000)}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def world(tmp_path_factory):
 
 def flags(name, world):
     common = ["--model", world["model"], "--data", world["data"], "--max-length", 32, "--precision", "fp32"]
-    return {"extract": common, "grid_search": ["--features", world["features"], "--layers", 1, 2, 3, "--seeds", 2, "--epochs", 2],
+    return {"extract": common, "grid_search": ["--features", world["features"], "--layers", 1, 2, 3, "--seeds", 2, "--epochs", 2,
+                                                 "--lr", "1e-3"],
             "train": [*common, "--layers", 1, 3, "--epochs", 2, "--batch-size", 13, "--save-steps", 2]}[name]
 
 
@@ -65,18 +66,18 @@ def test_a_disk_that_fills_later_keeps_the_last_good_state(start, tmp_path, monk
     import train
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start("train", whole)[0] == 0
-    save, states = train.State.save, []
+    save, states = train.save_state, []
 
-    def full_at_the_third(self, folder):
+    def full_at_the_third(folder, *rest, step, **more):
         if len(states) == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
             states.append(files_of(out))
-        save(self, folder)
-        states.append(self.step)
+        save(folder, *rest, step=step, **more)
+        states.append(step)
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(train.State, "save", full_at_the_third)
+        patch.setattr(train, "save_state", full_at_the_third)
         try:
             code, _, error = start("train", out)
         finally:
