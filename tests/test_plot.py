@@ -27,15 +27,21 @@ def figures(monkeypatch):
 
 @pytest.fixture
 def grid(tmp_path):
-    """A grid folder with two poolings of layers 3, 7 and both, two seeds, and known scores."""
-    lines = ["pooling,layers,hidden,seed,dev_en,test_en,test_de,test_zh"]
+    """A grid folder with two poolings of layers 3, 7 and both, two rates, two seeds, and known scores; the first rate
+    is better on dev, the second on test."""
+    lines = ["pooling,layers,hidden,lr,seed,dev_en,dev_de,test_en,test_de,test_zh_Hant"]
     for p, pooling in enumerate(("max", "cls")):
         for m, layers in enumerate(("3", "7", "3+7")):
-            for seed in range(2):
-                lines.append(f"{pooling},{layers},0,{seed},0.9,0.9,{0.5 + 0.1 * m - 0.05 * p + 0.01 * seed},{0.3 + 0.1 * m}")
+            for lr, worse in ((0.01, 0), (0.03, 0.1)):
+                for seed in range(2):
+                    test = 0.5 + 0.1 * m - 0.05 * p + 0.01 * seed, 0.3 + 0.1 * m
+                    if worse and m == 2:  # at the second rate the combination is the worst
+                        test = 0.01, 0.01
+                    lines.append(f"{pooling},{layers},0,{lr},{seed},0.9,{0.8 - worse},0.9,{test[0] + worse},{test[1] + worse}")
     folder = tmp_path / "grid"
     folder.mkdir()
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    (folder / "best.json").write_text('{"train_language": "en", "select": "joint"}')
     (folder / "confusion.de.csv").write_text("true \\ predicted,a,b\na,3,1\nb,0,4\n")
     return folder
 
@@ -49,7 +55,7 @@ def runs(tmp_path):
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps({
             "arguments": {"seed": seed, "freeze_layers": frozen, "max_length": 9, "train_language": "en", "precision": "auto"},
-            "labels": ["a", "b"], "complete": True}))
+            "labels": ["a", "b"], "pairs": False, "data": {}, "complete": True}))
         rows = [{"epoch": epoch, "split": split, "language": language, "accuracy": 0.1 * epoch + 0.02 * seed, "frozen_layers":
                  frozen if epoch > 1 else []} for epoch in (1, 2, 3) for split, language in
                 (("train", ""), ("dev", "en"), ("dev", "zh"), ("dev", "de"))]
@@ -60,7 +66,7 @@ def runs(tmp_path):
 
 def test_the_search_is_drawn_as_the_results_say(grid, tmp_path, script, figures):
     status, out, _ = script("plot", "grid", grid, "--out", tmp_path / "figures")
-    names = ["search-ranking", "search-layers", "search-single", "search-worth"]
+    names = ["search-ranking", "search-layers", "search-single", "search-worth", "search-rates"]
     assert status == 0 and list(figures) == names and [line.split("/")[-1] for line in out.split()] == [f"{n}.png" for n in names]
     curve, top = figures["search-ranking"].axes
     best = curve.lines[0].get_ydata()  # max pooling, best combination first
@@ -70,9 +76,26 @@ def test_the_search_is_drawn_as_the_results_say(grid, tmp_path, script, figures)
     np.testing.assert_allclose(heat, [[40.25, 50.25], [37.75, 47.75]])
     worth = figures["search-worth"].axes[0].patches[0].get_height()  # layer 3 under max: {3, 3+7} against {7}
     assert worth == pytest.approx((40.25 + 60.25) / 2 - 50.25)
+    assert figures["search-single"].legends[0].get_texts()[-1].get_text() == "zh_Hant"
+    axis, = figures["search-rates"].axes
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+    np.testing.assert_allclose(lines["best combination"], [60.25, 60.25])   # 3+7, then 7 alone
+    np.testing.assert_allclose(lines["best single layer"], [50.25, 60.25])
+    np.testing.assert_allclose(lines["all combinations: max"], [50.25, (50.25 + 60.25 + 11) / 3])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["lr 0.01\n3+7 max\n7 max", "lr 0.03\n7 max\n7 max"]
 
 
-@pytest.mark.parametrize("name, inches", [("search-ranking", 3.4), ("search-single", 7.0)])
+def test_a_search_at_one_rate_from_another_source(grid, tmp_path, script, figures):
+    lines = (grid / "results.csv").read_text().splitlines()
+    (grid / "results.csv").write_text("\n".join(line for line in lines if ",0.03," not in line) + "\n")
+    (grid / "best.json").write_text('{"train_language": "zh_Hant", "select": "test"}')
+    assert script("plot", "grid", grid, "--out", tmp_path / "figures")[0] == 0 and "search-rates" not in figures
+    curve, _ = figures["search-ranking"].axes
+    assert curve.lines[0].get_ydata()[0] == pytest.approx(100 * (0.9 + 0.705) / 2)  # the mean of en and de
+    assert "languages but zh_Hant" in curve.get_ylabel()
+
+
+@pytest.mark.parametrize("name, inches", [("search-layers", 3.4), ("search-single", 7.0)])
 def test_figures_are_as_wide_as_a_column_or_a_page(grid, tmp_path, script, name, inches):
     script("plot", "grid", grid, "--out", tmp_path)
     header = (tmp_path / f"{name}.png").read_bytes()[:24]
@@ -84,7 +107,7 @@ def test_training_curves_means_bands_and_the_freezing_moment(runs, tmp_path, scr
     assert script("plot", "training", *runs, "--out", tmp_path / "figures")[0] == 0
     figure = figures["training-dev"]
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
-    assert list(panels) == ["en", "zh", "de", "mean of non-English", "train"]
+    assert list(panels) == ["en", "zh", "de", "mean of all but en", "train"]
     base, wf, frozen = panels["zh"].lines
     np.testing.assert_allclose(base.get_ydata(), [10, 20, 30])
     np.testing.assert_allclose(wf.get_ydata(), [11, 21, 31])  # the mean of two seeds
@@ -92,6 +115,32 @@ def test_training_curves_means_bands_and_the_freezing_moment(runs, tmp_path, scr
     band = panels["zh"].collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(10) and band[:, 1].max() == pytest.approx(32)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "wf"]
+
+
+def test_each_runs_mean_is_of_the_languages_other_than_its_own_source(runs, tmp_path, script, figures):
+    for name, source in (("base", "zh"), ("wf-seed0", "de")):
+        path = tmp_path / name / "run.json"
+        path.write_text(path.read_text().replace('"train_language": "en"', f'"train_language": "{source}"'))
+        path = path.with_name("metrics.jsonl")
+        path.write_text(path.read_text().replace('"zh", "accuracy": 0.1', '"zh", "accuracy": 0.7'))  # at epoch 1
+    assert script("plot", "training", *runs[:2], "--out", tmp_path / "figures")[0] == 0
+    panel = next(axis for axis in figures["training-dev"].axes if axis.get_title() == "mean of all but the source")
+    assert panel.lines[0].get_ydata()[0] == pytest.approx(10)              # of en and de
+    assert panel.lines[1].get_ydata()[0] == pytest.approx((10 + 70) / 2)   # of en and zh
+
+
+def test_names_are_text_and_no_mathematics(runs, grid, tmp_path, script, figures):
+    """Neither `$5_{`, which is broken as mathematics, nor `_x`, which a legend leaves out, is lost."""
+    runs[0].rename(tmp_path / "under $5_{ or $9")
+    runs[1].rename(tmp_path / "_x")
+    assert script("plot", "training", tmp_path / "under $5_{ or $9", tmp_path / "_x", "--out", tmp_path / "figures")[0] == 0
+    texts = figures["training-dev"].legends[0].get_texts()
+    assert [text.get_text().strip() for text in texts] == ["under $5_{ or $9", "_x"]
+    (grid / "confusion.zh_Hant.csv").write_text("true \\ predicted,$5_{,$9\n$5_{,3,1\n$9,0,4\n")
+    assert script("plot", "confusion", grid, "--out", tmp_path / "figures")[0] == 0
+    axis = next(axis for axis in figures["confusion"].axes if axis.get_title().startswith("zh_Hant"))
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["$5_{", "$9"]
+    assert not any(text.get_parse_math() for text in [*texts, *axis.get_xticklabels()])
 
 
 def test_confusion_shows_shares_of_the_true_class(grid, tmp_path, script, figures):
@@ -102,7 +151,7 @@ def test_confusion_shows_shares_of_the_true_class(grid, tmp_path, script, figure
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["grid", "."], "results.csv cannot be read as the results of grid_search.py"),
+    (["grid", "."], "best.json does not exist"),
     (["confusion", "."], "holds no confusion.LANG.csv: run grid_search.py"),
     (["training", "."], "run.json does not exist"),
 ])
@@ -112,10 +161,11 @@ def test_missing_files_are_one_sentence(arguments, message, tmp_path, script, mo
     assert status == 2 and message in error and "Traceback" not in error
 
 
-def test_a_search_in_english_alone_is_said(tmp_path, script):
-    (tmp_path / "results.csv").write_text("pooling,layers,hidden,seed,dev_en\nmax,5,0,0,0.5\n")
+def test_a_search_in_the_source_language_alone_is_said(tmp_path, script):
+    (tmp_path / "results.csv").write_text("pooling,layers,hidden,lr,seed,dev_pt_BR\nmax,5,0,0.001,0,0.5\n")
+    (tmp_path / "best.json").write_text('{"train_language": "pt_BR", "select": "en"}')
     status, _, error = script("plot", "grid", tmp_path, "--out", tmp_path / "figures")
-    assert status == 2 and "has no language but English" in error and "Traceback" not in error
+    assert status == 2 and "has no language but pt_BR" in error and "Traceback" not in error
 
 
 def test_test_curves_need_track_test(runs, tmp_path, script):
