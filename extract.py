@@ -8,6 +8,8 @@ Writes  OUT/SPLIT.LANG.POOLING.npy (layers, rows, hidden), OUT/SPLIT.LANG.labels
 Paper   section 1.1, phase one.
 """
 import argparse
+import functools
+import math
 import os
 from pathlib import Path
 
@@ -35,24 +37,23 @@ def to_dtype(pooled, dtype, where):
     values = pooled.cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(f"{where}: the encoder gives hidden states that are not finite; try --precision fp32")
-    if dtype == "float16" and np.abs(values).max() > np.finfo(np.float16).max:
-        raise UserError(f"{where}: a hidden state of {np.abs(values).max():.3g} does not fit float16: "
+    if np.abs(values).max() > np.finfo(dtype).max:
+        raise UserError(f"{where}: a hidden state of {np.abs(values).max():.3g} does not fit {dtype}: "
                         "give --dtype float32")
     return values.astype(dtype)
 
 
 def grow_array(path, shape, dtype):
-    """A .npy file of zeros in OUT that processes write into, memory-mapped; its room on the disk is taken at once, for
-    a full disk would be a bus error later."""
+    """A .npy file of zeros, unless it is there, that processes write into, memory-mapped; its room on the disk is taken
+    at once, for a full disk would be a bus error later."""
     if not path.exists():
-        try:
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        with write_atomic(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+            size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
 
 
 def extract_file(encoder, encoded, out, stem, bar, *, pad_id, max_length, batch_size, dtype):
@@ -63,34 +64,34 @@ def extract_file(encoder, encoded, out, stem, bar, *, pad_id, max_length, batch_
     rank, world = start_processes()
     batches, layers = sorted_batches(encoded.lengths, batch_size), len(blocks(encoder)) + 1
     shape = (layers, len(encoded.labels), encoder.config.hidden_size)
-    grown = {pooling: out / f".{stem}.{pooling}.npy.part" for pooling in POOLINGS}
-    ready = out / f".{stem}.done.part"  # (batches,) 1 for each that is written
-    if rank == 0 and not any((out / f"{stem}.{pooling}.npy").exists() for pooling in POOLINGS):
+    final = {pooling: out / f"{stem}.{pooling}.npy" for pooling in POOLINGS}
+    grown = {pooling: out / f".{path.name}.part" for pooling, path in final.items()}
+    ready = out / f".{stem}.done.part"  # (batches,) 1 for each that is written; gone when the files are renamed
+    if rank == 0 and not any(path.exists() for path in final.values()):
         for path in grown.values():
             grow_array(path, shape, dtype)
         grow_array(ready, (len(batches),), np.uint8)
     agree()
-    arrays, done = [], np.ones(len(batches), np.uint8)
-    if ready.exists():  # a process killed while it renamed the files had all batches done
-        arrays = [load_array(path, shape, mode="r+", remedy="--overwrite starts anew") for path in grown.values()]
-        done = load_array(ready, (len(batches),), "u", mode="r+", remedy="--overwrite starts anew")
-    bar.update(sum(len(rows) for rows, already in zip(batches, done) if already))
-    for i in range(rank, len(batches), world):
-        if not done[i]:
-            batch = collate(encoded, rows := batches[i], pad_id, max_length)
-            values = to_dtype(pool_all(encoder, to_device(batch, encoder.device)), dtype, f"{stem}.tsv")
-            for array, value in zip(arrays, values):
-                array[:, rows] = value                                                  # (L, B, D)
-            done[i] = 1
-            bar.update(len(rows) * world)
-    for array in arrays:
-        array.flush()
+    if ready.exists():
+        reopen = functools.partial(load_array, mode="r+", remedy="--overwrite starts anew")
+        arrays, done = [reopen(path, shape) for path in grown.values()], reopen(ready, (len(batches),), "u")
+        bar.update(sum(len(rows) for rows, already in zip(batches, done) if already))
+        for i in range(rank, len(batches), world):
+            if not done[i]:
+                batch = collate(encoded, rows := batches[i], pad_id, max_length)
+                values = to_dtype(pool_all(encoder, to_device(batch, encoder.device)), dtype, f"{stem}.tsv")
+                for array, value in zip(arrays, values):
+                    array[:, rows] = value                                              # (L, B, D)
+                done[i] = 1
+                bar.update(len(rows) * world)
+        for array in arrays:
+            array.flush()
     agree()  # all batches are written
     if rank == 0:
         ready.unlink(missing_ok=True)
         for pooling, path in grown.items():
             if path.exists():
-                os.replace(path, out / f"{stem}.{pooling}.npy")
+                os.replace(path, final[pooling])
         with write_atomic(out / f"{stem}.labels.npy", "wb") as file:  # written last: this file is whole
             np.save(file, encoded.labels)
 
@@ -123,7 +124,7 @@ def main(argv=None):
     labels = read_labels(args.data)
     languages = [train_language(args.data, wanted) for wanted in args.train_languages or [None]]
     keys = [("train", language) for language in dict.fromkeys(languages)]
-    keys += [(split, language) for split in ("dev", "test") for language in split_languages(args.data, split, languages[0])]
+    keys += [(split, code) for split in ("dev", "test") for code in split_languages(args.data, split, languages[0])]
     data = {f"{split}.{language}": rows for (split, language), rows in read_sets(args.data, keys, labels).items()}
     tokenizer = load_tokenizer(args.model)
     encoder, _ = load_encoder(args.model)

@@ -8,14 +8,16 @@ Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --l
         a second call with another --select takes a second, and a stopped search goes on), OUT/run.json.
 Paper   sections 1.1 (phase one) and 1.5; conclusions 3, 4 and 5. 255 combinations of layers 5..12, 3 poolings, 5 seeds.
 
-All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered in binary: model m has
-layer l if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in one
-matrix, so that a step is L matrix products, whatever M is, and none is spent on a layer that a model does not use.
+All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered in binary: model m
+has layer l if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in
+one matrix, so that a step is L matrix products, whatever M is, and none is spent on a layer that a model does not use.
+half() alone knows which column is which model's; one_model() takes one out.
 Letters as in model.py; also F files (dev.de, test.zh, ...), and K, what a product puts out: H hidden units, or the C
 classes where there is no hidden layer. A model but for its seed is known by its key, (pooling, layers, lr).
 """
 import argparse
 import csv
+import functools
 import itertools
 import math
 import time
@@ -62,8 +64,8 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
                for layer in range(layers)]
     weights += [uniform(units)[..., None] * scale]
     if hidden:
-        weights += [(uniform(*shape) / hidden ** 0.5)[..., None].repeat(1, *[1] * len(shape), models)
-                    for shape in ((hidden, classes), (classes,))]
+        weights += [(uniform(hidden, classes) / hidden ** 0.5)[..., None].repeat(1, 1, 1, models),
+                    (uniform(classes) / hidden ** 0.5)[..., None].repeat(1, 1, models)]
     return weights
 
 
@@ -158,8 +160,8 @@ def confusion_matrices(weights, features, labels, classes, chunk=512):
 
 # --- features ----------------------------------------------------------------------------------------------------
 
-def load_features(folder, manifest, stem, pooling, layers, device):
-    """The chosen layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
+def load_features(folder, manifest, layers, device, pooling, stem):
+    """These layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
     rows, classes = manifest["inputs"][f"{stem}.tsv"]["rows"], len(manifest["labels"])
     path = Path(folder) / f"{stem}.{pooling}.npy"
     array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
@@ -254,18 +256,23 @@ def number(value):
 def summary(results, chosen, oracle, select, hidden, seconds):
     """The report in Markdown, with what choices() gave. `select`: the protocol to rank by; `seconds`: of all models."""
     keys, columns, source, confusion = results
-    f1, macro, groups = 100 * micro_f1(confusion), 100 * macro_f1(confusion), columns_of(columns, source)  # (G, S, F)
+    f1, macro = 100 * micro_f1(confusion), 100 * macro_f1(confusion)                            # (G, S, F)
+    groups = columns_of(columns, source)
     score = f1[..., groups[select]].mean(2)                                                     # (G, S)
     test = f1[..., groups["test"]].mean(2) if "test" in groups else np.full(score.shape, np.nan)
     mean = score.mean(1)                                                                        # (G,)
     order = rank(keys, mean / 100)
     poolings, rates = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 2))
 
+    def named(g):
+        return f"{keys[g][0]} of {joined(keys[g][1])}, lr {keys[g][2]:g}"
+
     def average(places):
         return mean[places].mean() if places else np.nan
 
     def conclusions(places):
-        best, single = (max(some, key=mean.__getitem__) for some in (places, [g for g in places if len(keys[g][1]) == 1]))
+        single = max((g for g in places if len(keys[g][1]) == 1), key=mean.__getitem__)
+        best = max(places, key=mean.__getitem__)
         return [*(number(average([g for g in places if keys[g][0] == pooling])) for pooling in poolings),
                 *(f"{joined(keys[g][1])} {keys[g][0]} {mean[g]:.2f}" for g in (single, best)),
                 f"{mean[best] - mean[single]:+.2f}"]
@@ -281,17 +288,14 @@ def summary(results, chosen, oracle, select, hidden, seconds):
         alone = [average([g for g in order if keys[g][:2] == (pooling, (layer,))]) for pooling in poolings]
         worth.append([layer, *map(number, (has, lacks, has - lacks, *alone))])
     protocols, tests = [], [i for i, column in enumerate(columns) if column.startswith("test_")]
-    languages = [columns[i][5:] for i in tests]
-    for name in ("en", "joint", "oracle", "test") if "test" in groups else ():
+    languages, others = [columns[i][5:] for i in tests], [i in groups.get("test", ()) for i in tests]
+    for name in ("en", "joint", "oracle", "test") if any(others) else ():
         picks = oracle if name == "oracle" else dict.fromkeys(languages, chosen.get(name))
         if None not in map(picks.get, languages):
-            scores = {i: (f1[picks[language], :, i].mean(), macro[picks[language], :, i].mean())
-                      for i, language in zip(tests, languages)}
-            pooling, layers, lr = keys[picks[languages[0]]]
-            protocols.append([
-                name, "per language" if name == "oracle" else f"{pooling} of {joined(layers)}, lr {lr:g}",
-                *(number(micro) for micro, _ in scores.values()),
-                *map(number, np.mean([scores[i] for i in groups["test"]], 0))])
+            scores = np.array([[f1[picks[language], :, i].mean(), macro[picks[language], :, i].mean()]
+                               for language, i in zip(languages, tests)])                       # (languages, 2)
+            protocols.append([name, "per language" if name == "oracle" else named(picks[languages[0]]),
+                              *map(number, scores[:, 0]), *map(number, scores[others].mean(0))])
     text = f"""# The search
 
 {score.size:,} models ({len(order) // len(poolings)} combinations x {len(poolings)} poolings x {len(rates)} learning \
@@ -301,10 +305,12 @@ Micro-F1 in percent, mean and standard deviation (+-) over the seeds. Trained on
 mean of {', '.join(columns[i] for i in groups[select])}; each combination at the learning rate that is best by it.
 `paper F1` is the mean over the test sets of the languages other than {source}.
 
+The choice: {named(chosen[select])}.
+
 {markdown_table(["rank", "pooling", "layers", "lr", "ranked by", "+-", "paper F1", "+-"], top)}
 
-Conclusions 3 (which pooling: mean over all combinations), 4 (the best single layer) and 5 (what combining adds), at each
-learning rate:
+Conclusions 3 (which pooling: mean over all combinations), 4 (the best single layer) and 5 (what combining adds), at
+each learning rate:
 
 {markdown_table(["lr", *(f"mean: {p}" for p in poolings), "best single", "best", "gain"], by_rate)}
 
@@ -314,8 +320,9 @@ What each layer is worth:
 """
     if protocols:
         text += f"""
-What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot; `joint`:
-on the mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as the paper.
+What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot;
+`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as
+the paper did.
 
 {markdown_table(["protocol", "choice", *languages, "paper F1", "macro-F1"], protocols)}
 """
@@ -349,7 +356,7 @@ def write_grid(out, results, labels, select, hidden, seconds, model):
 
 
 def read_grid(folder):
-    """A grid folder -> {(pooling, layers, lr): {"dev_de": scores over seeds, percent, ...}}, its columns, its best.json."""
+    """A grid folder -> {(pooling, layers, lr): {"dev_de": percent for each seed, ...}}, its columns, its best.json."""
     best = read_json(Path(folder) / "best.json", "grid_search.py", {"train_language": str, "select": str})
     path, grid = Path(folder) / "results.csv", {}
     try:
@@ -360,7 +367,8 @@ def read_grid(folder):
             key = row["pooling"], tuple(map(int, row["layers"].split("+"))), float(row["lr"])
             grid.setdefault(key, []).append([100 * float(row[column]) for column in columns])
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path}: not what grid_search.py writes ({error!r}): delete it, and run the search again") from None
+        raise UserError(f"{path}: not what grid_search.py writes ({error!r}): "
+                        "delete it, and run the search again") from None
     return {key: dict(zip(columns, np.transpose(scores))) for key, scores in grid.items()}, columns, best
 
 
@@ -397,33 +405,30 @@ def load_part(path, shape):
     return confusion, seconds
 
 
-def search(jobs, out, folder, manifest, layers, source, files, *, scale, precision, device, **settings):
-    """Train what `jobs`, {(pooling, lr): [seed, ...]}, names, and keep each pooling, rate and seed as a part."""
-    classes, say = len(manifest["labels"]), set()
-    steps = -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // settings["batch_size"]) * settings["epochs"]
-    with progress_bar(total=steps * len(jobs), unit="step", disable=start_processes()[0] > 0) as bar:
-        for (pooling, lr), seeds in jobs.items():
-            bar.set_description(f"{pooling}, lr {lr:g}")
-            start, mean, divisor = time.perf_counter(), 0, 1
+def search(jobs, out, load, source, files, classes, *, scale, precision, progress, **settings):
+    """Train what `jobs`, {(pooling, lr): [seed, ...]}, names, and keep each pooling, rate and seed as a part.
 
-            def load(stem):
-                return load_features(folder, manifest, stem, pooling, layers, device)
-
-            features, labels = load(f"train.{source}")
-            if scale == "layer":
-                mean, divisor = scaling(features)
-                if same := [layer for layer, value in zip(layers, divisor.flatten()) if value.isinf()]:
-                    say.add(f"{pooling} of layer {' '.join(map(str, same))} is the same for every row: left at zero")
-            weights = train_models(((features - mean) / divisor).to(precision), labels, classes, seeds, lr=lr,
-                                   progress=bar.update, **settings)
-            tables = []
-            for features, labels in map(load, files):
-                tables.append(confusion_matrices(weights, ((features - mean) / divisor).to(precision), labels, classes))
-            seconds = (time.perf_counter() - start) / len(seeds)
-            for seed, confusion in zip(seeds, np.stack(tables, 1)):                             # (F, M, C, C)
-                with write_atomic(part_path(out, pooling, lr, seed), "wb") as file:
-                    np.savez(file, confusion=confusion[:, 1:], seconds=seconds)
-    print("".join(f"{sentence}\n" for sentence in sorted(say)), end="")
+    load: load_features() of (pooling, stem). Returns the places of layers without spread, {pooling: [l, ...]}.
+    """
+    same = {}
+    for (pooling, lr), seeds in jobs.items():
+        start, mean, divisor = time.perf_counter(), 0, 1
+        features, labels = load(pooling, f"train.{source}")
+        if scale == "layer":
+            mean, divisor = scaling(features)
+            if places := divisor.isinf().flatten().nonzero().flatten().tolist():
+                same[pooling] = places
+        features = ((features - mean) / divisor).to(precision)
+        weights = train_models(features, labels, classes, seeds, lr=lr, progress=progress, **settings)
+        tables = []
+        for stem in files:
+            features, labels = load(pooling, stem)
+            tables.append(confusion_matrices(weights, ((features - mean) / divisor).to(precision), labels, classes))
+        seconds = (time.perf_counter() - start) / len(seeds)
+        for seed, confusion in zip(seeds, np.stack(tables, 1)):                                 # (F, M, C, C)
+            with write_atomic(part_path(out, pooling, lr, seed), "wb") as file:
+                np.savez(file, confusion=confusion[:, 1:], seconds=seconds)
+    return same
 
 
 def parse_args(argv):
@@ -514,9 +519,15 @@ def main(argv=None):
         mine = {}  # this process's share
         for group, seed in todo[rank::world]:
             mine.setdefault(group, []).append(seed)
-        with out_of_memory("name fewer --layers, or --seeds at a time"):
-            search(mine, out, args.features, manifest, layers, source, files, scale=args.scale, precision=precision,
-                   device=device, **settings)
+        load = functools.partial(load_features, args.features, manifest, layers, device)
+        steps = -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // args.batch_size) * args.epochs * len(mine)
+        with out_of_memory("name fewer --layers, or --seeds at a time"), \
+                progress_bar(total=steps, unit="step", disable=rank > 0) as bar:
+            same = search(mine, out, load, source, files, classes, scale=args.scale, precision=precision,
+                          progress=bar.update, **settings)
+        for pooling, places in same.items():
+            print(f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
+                  "left at zero")
         agree()  # all parts are there
         if rank > 0:
             return 0
@@ -528,8 +539,7 @@ def main(argv=None):
         text = write_grid(out, results, manifest["labels"], args.select, args.hidden,
                           sum(part[1] for row in parts for part in row), manifest.get("model"))
         finish_folder(out, "run.json")
-    best = read_json(out / "best.json", "grid_search.py", {})
-    print(text + f"\nchosen: {best['pooling']} pooling of layers {' '.join(map(str, best['layers']))}; written to {out}/")
+    print(text, f"written to {out}/", sep="\n")
     return 0
 
 

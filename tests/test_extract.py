@@ -91,9 +91,11 @@ def test_files_hold_the_states_of_plain_transformers_row_by_row(run, folders, da
             if family == "distilbert":
                 del inputs["token_type_ids"]
             with torch.no_grad():
-                states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[:, 0].numpy()   # (L, T, D)
+                states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[:,
+                                                                                               0].numpy()   # (L, T, D)
             for pooling, expected in {"max": states.max(1), "mean": states.mean(1), "cls": states[:, 0]}.items():
-                np.testing.assert_allclose(arrays[pooling][:, i], expected, rtol=0, atol=1e-5, err_msg=f"{stem} {pooling} {i}")
+                np.testing.assert_allclose(arrays[pooling][:, i], expected, rtol=0, atol=1e-5,
+                                           err_msg=f"{stem} {pooling} {i}")
         labels = np.load(tmp_path / "out" / f"{stem}.labels.npy")
         assert labels.dtype == np.int64 and labels.tolist() == [names.index(row["label"]) for row in rows]
 
@@ -102,7 +104,8 @@ def test_pairs_are_read_as_pairs_and_cut_to_the_length(run, folders, tmp_path):
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs/labels.txt").write_text("yes\nno\n")
     first, second = "money refund agent person parcel late cancel", "order please"
-    (tmp_path / "pairs/dev.en.tsv").write_text(f"text_a\ttext_b\tlabel\n{second}\t{second}\tno\n{first}\t{second}\tyes\n")
+    lines = ["text_a\ttext_b\tlabel", f"{second}\t{second}\tno", f"{first}\t{second}\tyes", ""]
+    (tmp_path / "pairs/dev.en.tsv").write_text("\n".join(lines))
     shutil.copy(tmp_path / "pairs/dev.en.tsv", tmp_path / "pairs/train.en.tsv")
     assert run("--dtype", "float32", *FP32, "--max-length", 9, data=tmp_path / "pairs")[0] == 0
     tokenizer, model = AutoTokenizer.from_pretrained(folders["bert"]), AutoModel.from_pretrained(folders["bert"]).eval()
@@ -139,9 +142,11 @@ def test_the_manifest_says_what_the_files_are(run, folders, data, tmp_path):
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     expected = {
         "format": 1, "complete": True, "model": folders["bert"], 
-        "revision": sha256(f"{folders['bert']}/model.safetensors"), "layers": [0, 1, 2, 3], "poolings": list(POOLINGS), "hidden_size": 36, "dtype": "float32", "precision": "float32",
+        "revision": sha256(f"{folders['bert']}/model.safetensors"), "layers": [0, 1, 2, 3], "poolings": list(POOLINGS),
+                "hidden_size": 36, "dtype": "float32", "precision": "float32",
         "max_length": 17, "labels": ["refund", "agent", "delivery", "cancel"], "batch_size": 3,
-        "inputs": {f"{stem}.tsv": {"sha256": sha256(f"{data}/{stem}.tsv"), "rows": count} for stem, count in ROWS.items()}}
+        "inputs": {f"{stem}.tsv": {"sha256": sha256(f"{data}/{stem}.tsv"), "rows": count} for stem,
+                   count in ROWS.items()}}
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["versions"]["torch"] == torch.__version__
 
@@ -187,7 +192,8 @@ def test_states_that_are_not_finite_are_an_error(run, folders, tmp_path, dtype):
 def unstopped(folders, data, tmp_path_factory):
     """A feature folder made in one go, by batches of 72 tokens: 3 + 2 + 2 + 2 + 2 of them."""
     out = tmp_path_factory.mktemp("features") / "unstopped"
-    assert extract.main(["--model", folders["bert"], "--data", data, "--out", str(out), "--max-length", "33", *map(str, FP32)]) == 0
+    assert extract.main(["--model", folders["bert"], "--data", data, "--out", str(out), "--max-length", "33",
+                         *map(str, FP32)]) == 0
     return out
 
 
@@ -314,7 +320,8 @@ def test_train_files_are_read_that_are_asked_for(run, data, tmp_path):
     for languages, expected in (((), ["en"]), (("zh_Hant", "pt-BR"), ["zh_Hant", "pt-BR"])):
         assert run(*FP32, *(["--train-languages", *languages] if languages else []), "--overwrite", data=world)[0] == 0
         assert stems() == {*(f"train.{language}" for language in expected), *others}
-    refused(run("--train-languages", "fr", data=world, out=tmp_path / "new"), "train.fr.tsv does not exist; train is there in: ")
+    refused(run("--train-languages", "fr", data=world, out=tmp_path / "new"),
+            "train.fr.tsv does not exist; train is there in: ")
     (world / "train.en.tsv").unlink()
     refused(run(data=world, out=tmp_path / "new"), f"{world} has train files in de pt-BR zh_Hant")
     for language in ("de", "pt-BR"):
@@ -328,7 +335,8 @@ def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(run, script, f
     monkeypatch.setitem(POOLINGS, "least", lambda states, tokens: states.masked_fill(~tokens, torch.inf).amin(dim=1))
     assert run("--dtype", "float32", *FP32)[0] == 0
     features = np.load(tmp_path / "out/dev.de.least.npy")                                       # (L, N, D)
-    search = ("--features", tmp_path / "out", "--layers", 1, 3, "--seeds", 1, "--epochs", 1, "--scale", "none", "--lr", 0.1)
+    search = ("--features", tmp_path / "out", "--layers", 1, 3, "--seeds", 1, "--epochs", 1, "--scale", "none", "--lr",
+              0.1)
     code, out, _ = script("grid_search", *search, "--out", tmp_path / "all")
     assert code == 0 and f"x {len(POOLINGS)} poolings" in out and "mean: least" in out
     assert script("grid_search", *search, "--out", tmp_path / "grid", "--poolings", "least")[0] == 0
@@ -343,7 +351,8 @@ def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(run, script, f
         expected = model.classifier(torch.from_numpy(np.concatenate([features[1], features[3]], axis=1)))
         torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
 
-    assert script("train", "--model", folders["bert"], "--data", data, "--out", tmp_path / "run", "--epochs", 1, "--layers-from",
+    assert script("train", "--model", folders["bert"], "--data", data, "--out", tmp_path / "run", "--epochs", 1,
+                  "--layers-from",
                   tmp_path / "grid/best.json", "--precision", "fp32", "--max-length", 33)[0] == 0
     trained = load_model(tmp_path / "run/epochs/1")
     assert (trained.pooling, trained.layers) == ("least", best["layers"])
@@ -358,7 +367,7 @@ def test_bad_input_is_one_sentence_and_makes_no_folder(run, folders, data, tmp_p
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/labels.txt").write_text("a\nb\n")
     refused(run(data=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'} is not a data set folder: it has no labels.txt")
-    refused(run(data=tmp_path / "empty"), f"{tmp_path / 'empty'}/train.en.tsv does not exist; train is there in: no language")
+    refused(run(data=tmp_path / "empty"), "empty/train.en.tsv does not exist; train is there in: no language")
     refused(run(model=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such folder")
     refused(run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions this encoder has")
     refused(run("--max-length", 2), "--max-length 2: expected 3 to 64")
@@ -382,5 +391,6 @@ def test_a_token_that_the_encoder_does_not_know_is_an_error(run, folders, data, 
     shutil.copytree(data, tmp_path / "data")
     path = tmp_path / "data/dev.de.tsv"
     path.write_text(path.read_text().replace("bitte", "xxurlxx", 1))
-    refused(run(model=tmp_path / "model", data=tmp_path / "data"), f"the tokenizer gives token {known}, the encoder knows {known}")
+    refused(run(model=tmp_path / "model", data=tmp_path / "data"),
+            f"the tokenizer gives token {known}, the encoder knows {known}")
     assert "dev.de.max.npy" not in finals(tmp_path / "out") and "dev.en.max.npy" in finals(tmp_path / "out")
