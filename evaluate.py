@@ -275,6 +275,15 @@ def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, 
             "protocols": found}, shown
 
 
+def check_run(folder, run, labels, rows, name):
+    """UserError unless a run has these labels and reads what Rows hold, pairs or single texts."""
+    if run["labels"] != labels:
+        raise UserError(f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
+                        f"{name}/labels.txt says {' '.join(labels[:6])}")
+    if run["pairs"] != (rows.text_b is not None):
+        raise UserError(f"{name} holds {kind(not run['pairs'])}, {folder} was trained on {kind(run['pairs'])}")
+
+
 def average(dicts):
     """Mean and standard deviation by language of runs' {language: accuracy}, each over those that have it."""
     values = {}
@@ -305,17 +314,19 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
     languages = paper_order(split_languages(data, split))
     if not languages:
         raise UserError(f"{data} has no {split} file")
+    sets = read_sets(data, [(split, language) for language in languages], labels)
     for folder, (run, _) in zip([*folders, *translate], everything):
-        if run["labels"] != labels:
-            raise UserError(f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
-                            f"{data}/labels.txt says {' '.join(labels[:6])}")
-        sets = read_sets(data, [(split, language) for language in languages], labels, run["pairs"])
+        check_run(folder, run, labels, next(iter(sets.values())), data)
     sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
     groups = group_runs(folders, [run for run, _ in everything[:len(folders)]])
+    groups |= {"Translate-Train": range(len(folders), len(everything))} if translate else {}
     baseline = next(iter(groups)) if baseline is None else baseline
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
-    groups |= {"Translate-Train": range(len(folders), len(everything))} if translate else {}
+    for folder, (run, _) in zip(translate, everything[len(folders):]):
+        if run["arguments"]["train_language"] not in languages:
+            raise UserError(f"--translate-train {folder}: {data} has no {split} file in its language, "
+                            f"{run['arguments']['train_language']}")
     scores, right = [], []
     for i, (folder, (run, metrics)) in enumerate(zip([*folders, *translate], everything)):
         own = [language for language in languages if language == run["arguments"]["train_language"]]
@@ -330,7 +341,7 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
     for name, members in groups.items():
         mean, std = average(scores[i]["accuracy"] for i in members)
         systems.append({"name": name, "train_language": scores[members[0]]["train_language"] if name != "Translate-Train"
-                        else "each its own", "runs": [scores[i] for i in members], "mean": mean, "std": std,
+                        else None, "runs": [scores[i] for i in members], "mean": mean, "std": std,
                         "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
                                       for p in protocols}})
         if name != baseline:
@@ -338,14 +349,14 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
                                                    sets, sources, resamples)
     return {"data": str(data), "split": split, "epoch": protocols[0],
             "rows": {language: len(rows.labels) for language, rows in sets.items()},
-            "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
+            "parallel": parallel(sets), "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
 
 
 def report(results):
     """results.json's content as Markdown, in percent."""
     languages, systems = list(results["rows"]), results["systems"]
     compared = [l for l in languages if l in PAPER_LANGUAGES or "paper" not in results]
-    sources = list(dict.fromkeys(system["train_language"] for system in systems))
+    sources = list(dict.fromkeys(system["train_language"] or "each language" for system in systems))
     source = " ".join(sources) if len(sources) == 1 else "of each system"
 
     def row(name, scores, deviation=None):
@@ -356,7 +367,7 @@ def report(results):
 
     def mean_of(system, protocol, own):
         there = [value for language, value in system["protocols"][protocol].items()
-                 if (language == system["train_language"]) == own]
+                 if (system["train_language"] in (language, None)) == own]
         return f"{100 * np.mean(there):.1f}" if there else ""
 
     rows = [row(f"{origin}: {name}", results[origin][name])
@@ -364,7 +375,7 @@ def report(results):
     several = any(len({run["seed"] for run in system["runs"]}) > 1 for system in systems)
     for system in systems:
         seeds = len({run["seed"] for run in system["runs"]})
-        rows.append(row(system["name"] + f" (from {system['train_language']})" * (len(sources) > 1)
+        rows.append(row(system["name"] + f" (from {system['train_language'] or 'each language'})" * (len(sources) > 1)
                         + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
     counts = [f"{min(results['rows'].values()):,} rows a language"] if len(set(results["rows"].values())) == 1 else \
         ["rows: " + ", ".join(f"{language} {count:,}" for language, count in results["rows"].items())]
@@ -387,7 +398,7 @@ def report(results):
         text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the "
                  f"rows, clustered by premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction "
                  "over the languages; " + ("`others`: mean of the languages that are not the source, not corrected.\n\n"
-                                           if "others" in columns else
+                                           if results["parallel"] else
                                            "the languages' rows are no translations: no mean over them.\n\n"))
         text += markdown_table(["system", *columns], [
             [system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
@@ -410,8 +421,7 @@ def label_input(folder, protocol, source, target, batch_size):
     run, metrics = read_run(folder)
     labels, trained = run["labels"], run["arguments"]["train_language"]
     rows, columns = read_table(source, labels, unknown=True)
-    if (rows.text_b is not None) != run["pairs"]:
-        raise UserError(f"{source} holds {kind(not run['pairs'])}, {folder} was trained on {kind(run['pairs'])}")
+    check_run(folder, run, labels, rows, source)
     epoch = choose_epochs(metrics, protocol, [trained], trained, folder)[trained]
     logits = predict_rows(*load_epoch(folder, epoch, run), rows, run["arguments"]["max_length"], batch_size,
                           str(source))
@@ -428,7 +438,7 @@ def label_input(folder, protocol, source, target, batch_size):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("runs", nargs="+",
+    parser.add_argument("runs", nargs="*",
                         help="run folders of train.py; those that differ only in --seed are averaged")
     parser.add_argument("--epoch", nargs="+", default=["last"], metavar="last|mean|en|joint|oracle|test|K",
                         help="epochs to report, the first in the table: the last (default); the mean of the weights after "
@@ -459,9 +469,11 @@ def parse_args(argv):
     for epoch in args.epoch:
         if epoch not in PROTOCOLS and not re.fullmatch(r"\d+", epoch):
             parser.error(f"--epoch {epoch}: expected {', '.join(PROTOCOLS)} or a number")
+    if not args.runs + args.translate_train:
+        parser.error("name a run folder of train.py, or more")
     if args.input is None and (args.data is None or args.out is None):
         parser.error("give --data and --out for a table, or --input and --predictions for your own text")
-    if args.input is not None and (args.predictions is None or len(args.runs) > 1 or args.epoch[0] == "oracle"
+    if args.input is not None and (args.predictions is None or len(args.runs) != 1 or args.epoch[0] == "oracle"
                                    or len(args.epoch) > 1):
         parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
     if args.input is not None and (args.data or args.out or args.max_rows or args.baseline or args.translate_train):

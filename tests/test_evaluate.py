@@ -1,5 +1,7 @@
 import contextlib
+import errno
 import io
+import itertools
 import json
 import shutil
 import statistics
@@ -8,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score
 from transformers import AutoModel, AutoTokenizer
 
 import evaluate
 import train
 from conftest import make_data, toy_rows
+from data import Rows
+from evaluate import bootstrap_difference, holm, mcnemar, premise_clusters
 
 LABELS = ["refund", "agent", "delivery", "cancel"]
 LANGUAGES = ["en", "zh", "de"]  # the paper's order
@@ -25,13 +30,40 @@ ROWS = 17
 def runs(model_folder, data_folder, tmp_path_factory):
     """Two seeds of a run over layers 1 and 3, and one with BERT's own head; three epochs each. Not to be written to."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = (f"--model {model_folder} --data {data_folder} --epochs 3 --batch-size 13 --lr 3e-3 --precision fp32 "
-             "--max-length 32").split()
-    with contextlib.redirect_stdout(io.StringIO()):
-        for seed in "01":
-            train.main([*flags, "--out", str(folder / f"wf-seed{seed}"), "--layers", "1", "3", "--seed", seed])
-        train.main([*flags, "--out", str(folder / "baseline"), "--head", "pooler"])
+    for seed in "01":
+        fine_tune(model_folder, data_folder, folder / f"wf-seed{seed}", "--epochs", 3, "--layers", 1, 3, "--seed", seed)
+    fine_tune(model_folder, data_folder, folder / "baseline", "--epochs", 3, "--head", "pooler")
     return folder
+
+
+@pytest.fixture(scope="module")
+def pair_run(model_folder, tmp_path_factory):
+    """A run of one epoch on pairs, beside its data. Not to be written to."""
+    folder = tmp_path_factory.mktemp("pairs")
+    data = Path(make_data(folder / "data", train=30))
+    for path in data.glob("*.tsv"):
+        lines = path.read_text().splitlines()[1:]
+        path.write_text("text_a\ttext_b\tlabel\n" + "".join(f"my order\t{line}\n" for line in lines))
+    return fine_tune(model_folder, data, folder / "run", "--layers", 1, 3)
+
+
+@pytest.fixture(scope="module")
+def sources(model_folder, tmp_path_factory):
+    """Two runs of one epoch, from German and from Chinese, beside their data. Not to be written to."""
+    folder = tmp_path_factory.mktemp("sources")
+    data = Path(make_data(folder / "data"))
+    for language in ("de", "zh"):
+        shutil.copy(data / f"dev.{language}.tsv", data / f"train.{language}.tsv")
+        fine_tune(model_folder, data, folder / f"from-{language}", "--train-language", language, "--layers", 3)
+    return folder
+
+
+def fine_tune(model, data, out, *flags):
+    """A run folder of train.py, of one epoch unless `flags` say more."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*map(str, ["--model", model, "--data", data, "--out", out, "--epochs", 1, "--batch-size", 13, "--lr", 3e-3,
+                               "--precision", "fp32", "--max-length", 32, *flags])])
+    return out
 
 
 @pytest.fixture
@@ -157,17 +189,18 @@ def four_epochs(run):
     rows = []
     for language, values in {"en": [.5, .7, .7, .6], "de": [.3, .3, .2, .5], "zh": [.6, .2, .4, .3]}.items():
         rows += [{"epoch": 1 + i, "split": "dev", "language": language, "accuracy": value} for i, value in enumerate(values)]
+    shutil.copytree(run / "epochs" / "3", run / "epochs" / "4")
     rows += [{"epoch": 2.5, "split": "dev", "language": "en", "accuracy": 0.99},  # in the midst of an epoch: not kept
              {"epoch": 3, "split": "train", "language": "", "accuracy": 0.99},
              *({"epoch": 3, "split": "test", "language": language, "accuracy": 0.99} for language in LANGUAGES)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for epoch in "124":
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "frozen_layers": []}) + "\n" for row in rows))
+    for epoch in "12":
         shutil.copytree(run / "epochs" / "3", run / "epochs" / epoch, dirs_exist_ok=True)
     return run
 
 
 @pytest.mark.parametrize("protocol, expected", [
-    ("last", [4, 4, 4]), ("en", [2, 2, 2]), ("joint", [1, 1, 1]), ("oracle", [2, 1, 4]), ("3", [3, 3, 3])])
+    ("last", [4, 4, 4]), ("mean", ["mean"] * 3), ("en", [2, 2, 2]), ("joint", [1, 1, 1]), ("oracle", [2, 1, 4]), ("3", [3, 3, 3])])
 def test_epoch_of_each_protocol(protocol, expected, four_epochs, data, tmp_path):
     results, text = tabulate(tmp_path / "out", data, four_epochs, "--epoch", protocol)
     assert results["systems"][0]["runs"][0]["epochs"] == dict(zip(LANGUAGES, expected))
@@ -178,17 +211,36 @@ def test_epoch_of_each_protocol(protocol, expected, four_epochs, data, tmp_path)
 
 def test_the_papers_own_way_is_the_epoch_best_on_test(four_epochs, data, script, tmp_path):
     arguments = four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch", "test"
+    lines = (four_epochs / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (four_epochs / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["split"] != "test"))
     status, _, error = script("evaluate", *arguments)
-    assert status == 2 and "was evaluated on test in no language alone (train.py --track-test)" in error
+    assert status == 2 and "was evaluated on test in no language alone (test is missing) (train.py --track-test)" in error
     with open(four_epochs / "metrics.jsonl", "a") as file:
         for epoch, (en, de, zh) in enumerate([(.9, .2, .2), (.1, .3, .6), (.2, .5, .4), (.9, .4, .4)], 1):
-            file.writelines(json.dumps({"epoch": epoch, "split": "test", "language": language, "accuracy": value}) + "\n"
+            file.writelines(json.dumps({"epoch": epoch, "split": "test", "language": language, "accuracy": value,
+                                        "frozen_layers": []}) + "\n"
                             for language, value in (("en", en), ("de", de), ("zh", zh)))
     results, text = tabulate(tmp_path / "out", data, four_epochs, "--epoch", "test")
     assert results["systems"][0]["runs"][0]["epochs"] == {"en": 2, "zh": 2, "de": 2}  # 45 %, as epoch 3, which is later
     assert "as the paper did: too high by the choice" in text
-    results, _ = tabulate(tmp_path / "last", data, four_epochs)
-    assert "test" in results["systems"][0]["protocols"]
+
+
+def test_only_what_is_asked_for_is_computed(four_epochs, data, tmp_path, monkeypatch):
+    """Each file is predicted once by each epoch that a protocol names, each epoch loaded once, and no other."""
+    predicted, loaded, predict, load = [], [], evaluate.predict, evaluate.load_model
+    monkeypatch.setattr(evaluate, "predict", lambda *args: predicted.append(args[-1]) or predict(*args))
+    monkeypatch.setattr(evaluate, "load_model", lambda path: loaded.append(path.name) or load(path))
+    names = {language: f"run epoch {{}} test {language}" for language in LANGUAGES}
+    results, text = tabulate(tmp_path / "one", data, four_epochs)
+    assert predicted == [names[language].format(4) for language in LANGUAGES] and loaded == ["4"]
+    assert list(results["systems"][0]["protocols"]) == ["last"] and "each protocol" not in text
+    results, text = tabulate(tmp_path / "two", data, four_epochs, "--epoch", "oracle", "joint", "last")
+    assert predicted[3:] == [names["en"].format(2), names["zh"].format(1), names["en"].format(1), names["de"].format(1)]
+    assert loaded[1:] == ["2", "1", "1"]  # once for each protocol at most
+    run, = results["systems"][0]["runs"]
+    assert {name: list(found["epochs"].values()) for name, found in run["protocols"].items()} == {
+        "oracle": [2, 1, 4], "joint": [1, 1, 1], "last": [4, 4, 4]}
+    assert results["epoch"] == "oracle" and run["accuracy"] == run["protocols"]["oracle"]["accuracy"]
 
 
 def test_an_epoch_that_was_not_kept(four_epochs, data, script, tmp_path):
@@ -227,8 +279,9 @@ def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder,
     assert "standard deviation over seeds" in text and "17 rows a language" in text
 
 
-def some_run(seed, lr=1e-3):
-    return {"arguments": {"lr": lr, "seed": seed, "train_language": "en"}, "labels": LABELS}
+def some_run(seed, lr=1e-3, data="aa", path="data", source="en"):
+    return {"arguments": {"lr": lr, "seed": seed, "train_language": source}, "labels": LABELS, "data": {"train.en.tsv": data},
+            "data_folder": path, "model": path, "command": f"train.py --data {path}"}
 
 
 @pytest.mark.parametrize("folders, settings, expected", [
@@ -238,6 +291,9 @@ def some_run(seed, lr=1e-3):
     (["layers-6-8", "layers-6-11"], [(0, 1e-3), (0, 2e-3)], {"layers-6-8": [0], "layers-6-11": [1]}),
     (["a/wf", "b/wf"], [(0, 1e-3), (0, 2e-3)], {"wf": [0], "wf'": [1]}),
     (["wf-0", "base", "wf-1"], [(0,), (0, 1.0), (1,)], {"wf": [0, 2], "base": [1]}),
+    (["wf-0", "wf-1"], [(0, 1.0, "aa", "data"), (1, 1.0, "aa", "../data/")], {"wf": [0, 1]}),  # the data, not its path
+    (["wf-0", "wf-1"], [(0, 1.0, "aa"), (1, 1.0, "bb")], {"wf-0": [0], "wf-1": [1]}),
+    (["wf-0", "wf-1"], [(0, 1.0, "aa", "data", "de"), (1, 1.0, "aa", "data", "zh")], {"wf-0": [0], "wf-1": [1]}),
 ])
 def test_runs_that_differ_in_the_seed_alone_are_one_system(folders, settings, expected):
     assert evaluate.group_runs(folders, [some_run(*setting) for setting in settings]) == expected
@@ -316,18 +372,18 @@ def test_labels_that_disagree(run, data, script, tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("run.json", None, "run.json does not exist"),
-    ("run.json", b"{", "run.json is not valid JSON"),
-    ("run.json", b"[]", "run.json: expected it to be an object"),
-    ("run.json", b"{}", "run.json: expected 'arguments' to be an object"),
-    ("run.json", b'{"arguments": {"max_length": "many"}}', "run.json: expected 'max_length' to be a whole number"),
-    ("metrics.jsonl", None, "has train.py finished an epoch?"),
-    ("metrics.jsonl", b"", "holds no evaluation at the end of an epoch"),
-    ("metrics.jsonl", b"garbage\n", "metrics.jsonl cannot be read"),
-    ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl cannot be read"),
-    ("metrics.jsonl", b"[1]\n", "metrics.jsonl cannot be read"),
-    ("metrics.jsonl", b'{"split": "dev"}\n', "metrics.jsonl cannot be read"),
-    ("metrics.jsonl", b'{"split": "dev", "epoch": 1, "language": "en", "accuracy": "high"}\n', "metrics.jsonl cannot be read"),
-    ("metrics.jsonl", b'{"split": "dev", "epoch": 0.5, "language": "en", "accuracy": 1}\n', "holds no evaluation at the end"),
+    ("run.json", b"{", "run.json: not what train.py writes (Expecting property name"),
+    ("run.json", b"{}", "run.json: not what train.py writes (arguments)"),
+    ("run.json", b'{"arguments": {"max_length": "many"}}', "run.json: not what train.py writes (arguments)"),
+    ("metrics.jsonl", None, "has it finished an epoch?"),
+    ("metrics.jsonl", b"", "(ValueError('no evaluation at the end of an epoch')): has it finished an epoch?"),
+    ("metrics.jsonl", b"garbage\n", "metrics.jsonl: not what train.py writes (JSONDecodeError"),
+    ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl: not what train.py writes (UnicodeDecodeError"),
+    ("metrics.jsonl", b"[1]\n", "metrics.jsonl: not what train.py writes (TypeError"),
+    ("metrics.jsonl", b'{"split": "dev"}\n', "metrics.jsonl: not what train.py writes (KeyError('epoch')"),
+    ("metrics.jsonl", b'{"split": "dev", "epoch": 1, "language": "en", "accuracy": "high"}\n', "writes (TypeError"),
+    ("metrics.jsonl", b'{"split": "dev", "epoch": 0.5, "language": "en", "accuracy": 1, "frozen_layers": []}\n',
+     "no evaluation at the end of an epoch"),
     ("epochs/3/classifier.json", b"{}", "classifier.json"),
     ("epochs/3/classifier.safetensors", b"short", "classifier.safetensors do not fit"),
     ("epochs/3/model.safetensors", b"short", "no encoder can be loaded"),
@@ -355,13 +411,15 @@ def test_a_broken_data_set(spoil, message, run, data, script, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("run --input x --predictions y --data d", "--input labels your own text: leave out --data"),
     ("run", "give --data and --out for a table"), ("run --data d", "give --data and --out"),
-    ("run --out o", "give --data and --out"),
-    ("run --data d --out o --epoch best", "--epoch best: expected last, en, joint, oracle, test or a number"),
+    ("--data d --out o", "name a run folder"),
+    ("run --data d --out o --epoch last best", "--epoch best: expected last, mean, en, joint, oracle, test or a number"),
     ("run --data d --out o --epoch -1", "--epoch"), ("run --data d --out o --max-rows 0", "--max-rows: 0, expected 1 or more"),
     ("run --data d --out o --batch-size 0", "--batch-size: 0, expected 1 or more"),
     ("run --data d --out o --split train", "invalid choice: 'train'"),
     ("run --input i", "--input needs --predictions"), ("a b --input i --predictions p", "exactly one run"),
-    ("run --input i --predictions p --epoch oracle", "another --epoch than oracle"), ("--data d --out o", "runs"),
+    ("run --input i --predictions p --epoch oracle", "one --epoch, not oracle"),
+    ("run --input i --predictions p --epoch last en", "one --epoch, not oracle"),
+    ("run --input i --predictions p --translate-train r", "leave out --data, --out, --max-rows, --baseline, --translate-train"),
 ])
 def test_bad_flags(flags, message, script):
     status, _, error = script("evaluate", *flags.split())
@@ -372,19 +430,19 @@ def test_bad_flags(flags, message, script):
 
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_predictions_for_ones_own_text(pairs, labelled, runs, script, tmp_path):
+def test_predictions_for_ones_own_text(pairs, labelled, runs, pair_run, script, tmp_path):
     rows = [([text, 'the "parcel'] if pairs else [text], label) for text, label in toy_rows("en", 11, 9)]
     names = ["text_a", "text_b"] if pairs else ["text"]
     lines = ["\t".join(names + ["label"] * labelled), *("\t".join(texts + [LABELS[label]] * labelled) for texts, label in rows)]
     (tmp_path / "my.tsv").write_text("".join(f"{line}\n" for line in lines))
-    run, target = runs / "wf-seed0", tmp_path / "new" / "out.tsv"
+    run, epoch, target = pair_run if pairs else runs / "wf-seed0", "1" if pairs else "3", tmp_path / "new" / "out.tsv"
     status, text, _ = script("evaluate", run, "--input", tmp_path / "my.tsv", "--predictions", target, "--batch-size", 3)
     assert status == 0
     header, *answers = [line.split("\t") for line in target.read_text().splitlines()]
     given = len(names) + labelled
     assert header == [*names, *["label"] * labelled, "prediction", *(f"p_{label}" for label in LABELS)]
     assert ["\t".join(cells[:given]) for cells in answers] == lines[1:]  # the rows' own order
-    logits = logits_by_hand(run / "epochs" / "3", [texts for texts, _ in rows])
+    logits = logits_by_hand(run / "epochs" / epoch, [texts for texts, _ in rows])
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     probabilities = np.array([[float(cell) for cell in cells[given + 1:]] for cells in answers])
     assert np.abs(probabilities - expected).max() < 1e-5
@@ -392,12 +450,75 @@ def test_predictions_for_ones_own_text(pairs, labelled, runs, script, tmp_path):
     assert [cells[given] for cells in answers] == [LABELS[i] for i in expected.argmax(1)]
     accuracy = 100 * accuracy_score([label for _, label in rows], expected.argmax(1))
     assert ("accuracy" in text) == labelled and (not labelled or f"accuracy {accuracy:.1f}" in text)
-    assert f"11 rows, by epoch 3 of {run}" in text
+    assert f"11 rows, by epoch {epoch} of {run}" in text
+
+
+def test_columns_in_any_order_unknown_labels_and_its_own_output_again(runs, script, tmp_path):
+    """Columns are found by name, the others pass through; accuracy is over the rows whose label is known."""
+    rows = toy_rows("en", 7, 3)
+    lines = [f"{LABELS[label] if i % 3 == 0 else ''}\t{i:03}\t{text}\tface to face" for i, (text, label) in enumerate(rows)]
+    (tmp_path / "my.tsv").write_text("label\tid\ttext\tgenre\n" + "".join(f"{line}\n" for line in lines))
+    run, first, again = runs / "wf-seed0", tmp_path / "first.tsv", tmp_path / "again.tsv"
+    status, text, _ = script("evaluate", run, "--input", tmp_path / "my.tsv", "--predictions", first)
+    header, *answers = [line.split("\t") for line in first.read_text().splitlines()]
+    assert status == 0 and header == ["label", "id", "text", "genre", "prediction", *(f"p_{label}" for label in LABELS)]
+    assert ["\t".join(cells[:4]) for cells in answers] == lines
+    predicted = logits_by_hand(run / "epochs" / "3", [[text] for text, _ in rows]).argmax(1)
+    assert [cells[4] for cells in answers] == [LABELS[i] for i in predicted]
+    right = [rows[i][1] == predicted[i] for i in (0, 3, 6)]
+    assert f"accuracy {100 * np.mean(right):.1f} on the 3 whose label is known" in text
+    assert script("evaluate", run, "--input", first, "--predictions", again)[0] == 0
+    assert again.read_bytes() == first.read_bytes()
+    (tmp_path / "my.tsv").write_text("label\ttext\n\tmy money\n")
+    assert "accuracy" not in script("evaluate", run, "--input", tmp_path / "my.tsv", "--predictions", again)[1]
+
+
+def test_pairs_and_single_texts_are_told_apart(runs, pair_run, data_folder, script, tmp_path):
+    """By --input and by --data, both ways, in a sentence that names file or folder, run and both kinds."""
+    single, pair = runs / "wf-seed0", pair_run
+    (tmp_path / "single.tsv").write_text("text\nmy money\n")
+    (tmp_path / "pair.tsv").write_text("text_a\ttext_b\nmy money\tmy parcel\n")
+    words = {single: "single texts (text)", pair: "pairs (text_a, text_b)"}
+    data = {single: data_folder, pair: pair_run.parent / "data"}
+    for run, other, file in ((single, pair, "pair.tsv"), (pair, single, "single.tsv")):
+        for arguments in (["--input", tmp_path / file, "--predictions", tmp_path / "out.tsv"],
+                          ["--data", data[other], "--out", tmp_path / "out"]):
+            status, _, error = script("evaluate", run, *arguments)
+            assert status == 2 and f"{arguments[1]} holds {words[other]}, {run} was trained on {words[run]}" in error
+    assert not (tmp_path / "out.tsv").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_token_that_the_encoder_does_not_know_is_refused(run, data, script, tmp_path):
+    """Tokens were added to the tokenizer of a kept epoch, resize_token_embeddings() was forgotten."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "epochs" / "3")
+    known = len(tokenizer)
+    tokenizer.add_tokens(["xx<user>xx"])
+    tokenizer.save_pretrained(run / "epochs" / "3")
+    (tmp_path / "my.tsv").write_text("text\nhello xx<user>xx\n")
+    (data / "test.de.tsv").write_text("text\tlabel\nxx<user>xx mein\tagent\n")
+    for arguments in (["--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv"],
+                      ["--data", data, "--out", tmp_path / "out"]):
+        status, _, error = script("evaluate", run, *arguments)
+        assert status == 2 and f"the tokenizer gives token {known}, the encoder knows {known}" in error
+    assert not (tmp_path / "out.tsv").exists() and not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_not_finite_are_refused(run, data, script, tmp_path):
+    path = run / "epochs" / "3" / "classifier.safetensors"
+    weights = load_file(path)
+    weights["classifier.1.bias"][2] = torch.nan
+    save_file(weights, path)
+    (tmp_path / "my.tsv").write_text("text\nmy money\n")
+    for arguments in (["--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv"],
+                      ["--data", data, "--out", tmp_path / "out"]):
+        status, _, error = script("evaluate", run, *arguments)
+        assert status == 2 and "logits that are not finite" in error
+    assert not (tmp_path / "out.tsv").exists() and not (tmp_path / "out").exists() and not list(run.rglob("*.npy"))
 
 
 def test_predictions_by_a_chosen_epoch(four_epochs, script, tmp_path):
     (tmp_path / "my.tsv").write_text("text\nmy money\n")
-    for protocol, epoch in (("en", 2), ("joint", 1), ("4", 4)):
+    for protocol, epoch in (("en", 2), ("joint", 1), ("4", 4), ("mean", "mean")):
         status, text, _ = script("evaluate", four_epochs, "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv",
                                  "--epoch", protocol)
         assert status == 0 and f"by epoch {epoch} of" in text
@@ -407,7 +528,7 @@ def test_predictions_by_a_chosen_epoch(four_epochs, script, tmp_path):
     (None, "my.tsv does not exist"), (b"", "my.tsv is empty"), (b"text\n", "holds a header and no rows"),
     (b"text\tlabel\nmy money\trefund\nmy parcel\tdelivry\n",
      "line 3: unknown label 'delivry', expected one of refund, agent, delivery, cancel"),
-    (b"sentence\nmy money\n", "line 1: the header is ['sentence'], expected text or text_a, text_b"),
+    (b"sentence\nmy money\n", "line 1: the header is ['sentence'], expected text, or text_a and text_b, and label"),
     (b"text_a\tlabel\nmy money\trefund\n", "line 1: the header is"),
     (b"text\nmy\tmoney\n", "line 2: 2 columns, expected 1 (text)"), (b"text\nm\xff\n", "line 2: not UTF-8"),
 ])
@@ -425,7 +546,7 @@ def test_nothing_half_written_where_a_prediction_fails(runs, script, tmp_path, m
     (tmp_path / "out.tsv").write_text("what was there")
 
     def predict(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
     monkeypatch.setattr(evaluate, "predict", predict)
     status, _, error = script("evaluate", runs / "wf-seed0", "--input", tmp_path / "my.tsv",
                               "--predictions", tmp_path / "out.tsv")
@@ -479,51 +600,166 @@ def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, scri
 
 
 def test_rows_of_one_premise_are_one_cluster(tmp_path, monkeypatch):
-    """Pairs are clustered by the English premise, whatever the translations repeat."""
+    """Pairs are clustered by the source's premise, whatever the translations repeat; where the languages are no
+    translations, each by its own."""
     seen = []
     monkeypatch.setattr(evaluate, "bootstrap_difference", lambda differences, clusters, resamples: seen.append(clusters.tolist())
                         or [np.zeros(differences.shape[1])] * 4)
-    premises = {"en": "aabbc", "de": "vwxyz"}
-    for language, texts in premises.items():
-        (tmp_path / f"test.{language}.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(f"{t}\th{i}\tyes\n" for i, t in enumerate(texts)))
-    (tmp_path / "labels.txt").write_text("yes\nno\n")
-    description = {"arguments": {"seed": 0}, "labels": ["yes", "no"], "complete": True, "precision": "float32"}
-    monkeypatch.setattr(evaluate, "read_run", lambda folder: ({**description, "arguments": {"seed": 0, "name": str(folder), "train_language": "en"}}, {1: {"en": 1.0}}))
-    monkeypatch.setattr(evaluate, "run_logits", lambda folder, run, epochs, *rest: {l: np.eye(2)[[0, 1, 0, 1, 0]] for l in epochs})
-    evaluate.compare(["a", "b"], tmp_path, "test", "last", None, None, 8, 10)
-    assert seen == [[0, 0, 1, 1, 2]]
+    sets = {language: Rows(list(premises), list("hijkl"), [0] * 5) for language, premises in {"en": "aabbc", "de": "vwxyz"}.items()}
+    right = [{language: np.ones(5, dtype=bool) for language in sets}]
+    assert list(evaluate.difference(right, right, sets, ["en"], 10)) == ["en", "de"] and seen == [[0, 0, 1, 1, 2]]
+    evaluate.difference(right, right, sets, ["de"], 10)
+    assert seen.pop() == [0, 1, 2, 3, 4]
+    sets["de"].labels[3] = 1
+    evaluate.difference(right, right, sets, ["en"], 10)
+    assert seen[1:] == [[0, 0, 1, 1, 2], [0, 1, 2, 3, 4]]
 
 
-def test_languages_that_are_no_translations_of_each_other_are_refused(runs, data_folder, tmp_path, script):
-    data = shutil.copytree(data_folder, tmp_path / "data")
-    lines = (data / "test.zh.tsv").read_text().splitlines()
-    (data / "test.zh.tsv").write_text("\n".join([lines[0], *lines[:1:-1], lines[1]]) + "\n")
-    code, _, error = script("evaluate", runs / "baseline", runs / "wf-seed0", "--data", data, "--out", tmp_path / "out")
-    assert code == 2 and "test.zh.tsv is not row by row what test.en.tsv is" in error
-    assert script("evaluate", runs / "baseline", "--data", data, "--out", tmp_path / "out")[0] == 0  # one needs no pairs
+def test_languages_that_are_no_translations_are_compared_one_by_one(run, runs, data, tmp_path):
+    """German has other rows, and fewer: each language's difference stands as if it were alone, and there is no mean."""
+    rows = toy_rows("de", 11, 5)
+    (data / "test.de.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{LABELS[label]}\n" for text, label in rows))
+    baseline = shutil.copytree(runs / "baseline", tmp_path / "baseline", ignore=shutil.ignore_patterns("predictions"))
+    results, text = tabulate(tmp_path / "out", data, baseline, run, "--resamples", 300)
+    _, system = results["systems"]
+    assert list(system["difference"]) == LANGUAGES and "rows: en 17, zh 17, de 11." in text
+    assert "the languages' rows are no translations: no mean over them" in text and "others" not in text
+    truth = [label for _, label in rows]
+    right = [np.load(folder / "predictions" / "3" / "test.de.npy").argmax(1) == truth for folder in (run, baseline)]
+    alone = bootstrap_difference((right[0] * 1.0 - right[1])[:, None], np.arange(11), 300)
+    assert [system["difference"]["de"][key] for key in ("difference", "low", "high", "p")] == [value.item() for value in alone]
 
 
-def test_every_protocol_stands_beside_the_one_that_is_shown(runs, data_folder, tmp_path):
-    results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", "joint")
+def test_two_languages_have_no_mean_of_the_others_yet_are_translations(runs, data, tmp_path):
+    (data / "test.zh.tsv").unlink()
+    results, text = tabulate(tmp_path / "out", data, runs / "baseline", runs / "wf-seed0", "--resamples", 50)
+    assert list(results["systems"][1]["difference"]) == ["en", "de"] and "no translations" not in text
+
+
+def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, tmp_path):
+    names = ["joint", "mean", "en", "oracle"]
+    results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", *names)
     run, = results["systems"][0]["runs"]
-    assert list(run["protocols"]) == ["joint", "last", "en", "oracle"] and run["accuracy"] == run["protocols"]["joint"]["accuracy"]
-    for name in ("last", "en", "joint", "oracle"):
+    assert list(run["protocols"]) == names and run["accuracy"] == run["protocols"]["joint"]["accuracy"]
+    assert "`en`: best on the source language's own dev set (en), true zero-shot" in text
+    for name in names:
         shown, _ = tabulate(tmp_path / name, data_folder, runs / "wf-seed0", "--epoch", name)
         assert shown["systems"][0]["mean"] == results["systems"][0]["protocols"][name]
         english, others = shown["systems"][0]["mean"]["en"], np.mean([shown["systems"][0]["mean"][l] for l in ("de", "zh")])
         assert f"{100 * english:.1f} / {100 * others:.1f}" in text
 
 
-def test_translate_train_is_a_model_for_each_language(model_folder, tmp_path):
-    data = Path(make_data(tmp_path / "data"))
-    runs = []
-    for language in ("de", "zh"):
-        shutil.copy(data / f"dev.{language}.tsv", data / f"train.{language}.tsv")
-        runs.append(tmp_path / f"translate-train-{language}")
-        train.main(["--model", model_folder, "--data", str(data), "--out", str(runs[-1]), "--train-language", language, "--layers", "3",
-                    "--epochs", "1", "--max-length", "32", "--precision", "fp32"])
-    results, text = tabulate(tmp_path / "out", data, *runs)
+# --- the source language -----------------------------------------------------------------------------------------
+
+def test_a_run_is_evaluated_in_every_language_whatever_its_source(sources, tmp_path):
+    results, text = tabulate(tmp_path / "out", sources / "data", sources / "from-de", "--epoch", "en", "joint")
     system, = results["systems"]
-    assert list(system["mean"]) == ["de", "zh"] or list(system["mean"]) == ["zh", "de"]
-    assert [list(run["accuracy"]) for run in system["runs"]] == [["de"], ["zh"]]
-    assert columns(text)[system["name"]][0] == ""  # nothing was trained on English
+    assert list(system["mean"]) == LANGUAGES and system["train_language"] == "de" and "trained on de" in text
+    assert "epoch: en (best on the source language's own dev set (de), true zero-shot)" in text
+    de, others = system["mean"]["de"], (system["mean"]["en"] + system["mean"]["zh"]) / 2
+    assert f"{100 * de:.1f} / {100 * others:.1f}" in text
+
+
+def test_two_sources_are_two_systems(sources, tmp_path):
+    results, text = tabulate(tmp_path / "out", sources / "data", sources / "from-de", sources / "from-zh", "--resamples", 50,
+                             "--epoch", "last", "en")
+    assert [(system["name"], system["train_language"]) for system in results["systems"]] == [("from-de", "de"), ("from-zh", "zh")]
+    assert list(columns(text)) == ["system", "from-de (from de)", "from-zh (from zh)"]
+    assert all(set(system["mean"]) == set(LANGUAGES) for system in results["systems"])
+    assert "`en`: best on the source language's own dev set (of each system)" in text
+    from_de, from_zh = (system["protocols"]["en"] for system in results["systems"])
+    assert f"{100 * from_de['de']:.1f} / {50 * (from_de['en'] + from_de['zh']):.1f}" in text
+    assert f"{100 * from_zh['zh']:.1f} / {50 * (from_zh['en'] + from_zh['de']):.1f}" in text
+
+
+def test_translate_train_is_one_row_of_models_each_in_its_own_language(runs, sources, tmp_path, script):
+    models = ["--translate-train", sources / "from-de", sources / "from-zh"]
+    results, text = tabulate(tmp_path / "out", sources / "data", runs / "baseline", *models, "--resamples", 50)
+    baseline, system = results["systems"]
+    assert system["name"] == "Translate-Train" and [list(run["accuracy"]) for run in system["runs"]] == [["de"], ["zh"]]
+    assert list(system["mean"]) == ["de", "zh"] and list(baseline["mean"]) == LANGUAGES
+    alone, _ = tabulate(tmp_path / "alone", sources / "data", sources / "from-zh")
+    assert system["mean"]["zh"] == alone["systems"][0]["mean"]["zh"]
+    row = next(cells for name, cells in columns(text).items() if name.startswith("Translate-Train"))
+    assert row[0] == "" and row[1] == f"{100 * system['mean']['zh']:.1f}"  # nothing was trained on English
+    assert list(system["difference"]) == ["zh", "de", "others"]
+    expected = [system["mean"][language] - baseline["mean"][language] for language in ("de", "zh")]
+    assert system["difference"]["others"]["difference"] == pytest.approx(np.mean(expected))
+    only, _ = tabulate(tmp_path / "only", sources / "data", *models)
+    assert [found["name"] for found in only["systems"]] == ["Translate-Train"] and only["systems"][0]["mean"] == system["mean"]
+    less = shutil.copytree(sources / "data", tmp_path / "less", ignore=shutil.ignore_patterns("test.zh.tsv"))
+    status, _, error = script("evaluate", *models, "--data", less, "--out", tmp_path / "less-out")
+    assert status == 2 and f"{sources / 'from-zh'}: {less} has no test file in its language, zh" in error
+
+
+# --- differences between systems: against exact enumeration, SciPy, and simulations in which the truth is known --
+
+def test_the_bootstrap_draws_from_the_exact_distribution_of_a_small_case():
+    differences = np.array([[1.0, 0.0], [1.0, -1.0], [0.0, 1.0], [-1.0, 0.5], [1.0, 0.0]])
+    clusters = np.array([0, 0, 1, 2, 2])
+    members = [np.flatnonzero(clusters == c) for c in range(3)]
+    exact = np.array([differences[np.concatenate([members[c] for c in draw])].mean(0)
+                      for draw in itertools.product(range(3), repeat=3)])                   # all 27 resamples
+    mean, low, high, p = bootstrap_difference(differences, clusters, resamples=40_000, seed=3)
+    assert mean == pytest.approx(differences.mean(0))
+    np.testing.assert_allclose(low, np.percentile(exact, 2.5, axis=0, method="inverted_cdf"), atol=1e-9)
+    np.testing.assert_allclose(high, np.percentile(exact, 97.5, axis=0, method="inverted_cdf"), atol=1e-9)
+    expected = 2 * np.minimum((exact <= 1e-12).mean(0), (exact >= -1e-12).mean(0))
+    np.testing.assert_allclose(p, np.minimum(1, expected), atol=0.01)
+
+
+def rejections(cluster_effect, as_clusters, shift=0.0, trials=400):
+    """How often a 5 % test rejects when A and B answer alike but for `shift`, on 120 clusters of 3 rows."""
+    random, found = np.random.default_rng(7), 0
+    groups = np.repeat(np.arange(120), 3)
+    for trial in range(trials):
+        lean = cluster_effect * random.normal(size=(120, 1))[groups]
+        right = random.random((360, 2)) < 0.6 + lean * [1, -1] + np.array([shift, 0])
+        differences = right[:, :1].astype(float) - right[:, 1:]
+        clusters = groups if as_clusters else np.arange(360)
+        found += bootstrap_difference(differences, clusters, resamples=400, seed=trial)[3][0] < 0.05
+    return found / trials
+
+
+def test_a_five_percent_test_rejects_about_five_percent_when_nothing_differs():
+    assert 0.025 <= rejections(0.0, True) <= 0.085
+
+
+def test_rows_that_lean_together_need_clusters():
+    assert 0.025 <= rejections(0.25, True) <= 0.085
+    assert rejections(0.25, False) > 0.12  # the same data, taken as independent rows, cries wolf
+
+
+def test_a_true_difference_is_found():
+    assert rejections(0.0, True, shift=0.15, trials=60) > 0.8
+
+
+def test_systems_that_answer_alike_do_not_differ():
+    mean, low, high, p = bootstrap_difference(np.zeros((9, 2)), np.arange(9), resamples=99)
+    assert (mean == 0).all() and (low == 0).all() and (high == 0).all() and (p == 1).all()
+
+
+def test_more_seeds_of_the_bootstrap_agree():
+    differences = np.random.default_rng(0).integers(-1, 2, size=(301, 1)).astype(float) + 0.08
+    first, second = (bootstrap_difference(differences, np.arange(301), seed=seed) for seed in (0, 1))
+    np.testing.assert_allclose(np.ravel(first), np.ravel(second), atol=0.02)
+    again = bootstrap_difference(differences, np.arange(301), seed=0)
+    assert np.array_equal(np.ravel(first), np.ravel(again))
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, 0.9]), [1, 1])
+
+
+@pytest.mark.parametrize("only_a, only_b, both", [(3, 9, 20), (0, 0, 5), (7, 7, 0), (0, 6, 1), (400, 460, 100)])
+def test_mcnemar_is_scipys_binomial_test(only_a, only_b, both):
+    right_a = np.array([True] * only_a + [False] * only_b + [True] * both)
+    right_b = np.array([False] * only_a + [True] * only_b + [True] * both)
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert mcnemar(right_a, right_b) == pytest.approx(expected)
+
+
+def test_clusters_are_premises_numbered_by_first_appearance():
+    assert premise_clusters(Rows(["b", "a", "b", "c"], list("wxyz"), None)).tolist() == [0, 1, 0, 2]
+    assert premise_clusters(Rows(["b", "a", "b"], None, None)).tolist() == [0, 1, 2]
