@@ -21,14 +21,15 @@ import unicodedata
 import urllib.request
 import zipfile
 from collections import Counter
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from common import (UserError, check_model_name, cli, first_line, in_range, progress_bar, sha256, start_processes,
-                    write_atomic, write_json)
+from common import (UserError, check_model_name, cli, first_line, in_range, markdown_table, progress_bar, sha256,
+                    start_processes, write_atomic, write_json)
 
 SPLITS = ("train", "dev", "test")
 MAX_LINE = 1 << 20  # bytes; a longer line is a broken file, not a text
@@ -64,33 +65,28 @@ class Encoded(NamedTuple):
 # --- the folder format -------------------------------------------------------------------------------------------
 
 def text_lines(stream, name):
-    """Yield (line number, text) from a binary stream. UserError for a line that is too long or not UTF-8."""
-    number = 0
-    while raw := stream.readline(MAX_LINE):
-        number += 1
+    """Yield the lines of a binary stream as text. UserError for one that is too long or not UTF-8."""
+    for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
         if len(raw) == MAX_LINE:
             raise UserError(f"{name}, line {number}: longer than {MAX_LINE:,} bytes")
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
         try:
-            yield number, raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}, line {number}: "
-                            f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})") from None
+            raise UserError(f"{name}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at "
+                            f"{error.start})") from None
+        yield text.removesuffix("\n").removesuffix("\r")
 
 
 def table_lines(stream, name):
-    """Yield a tab-separated table's header (a list), then (line number, cells). UserError for a ragged row."""
+    """Yield the cells of a tab-separated table's header, then those of each line. UserError for a ragged one."""
     header = None
-    for number, line in text_lines(stream, name):
+    for number, line in enumerate(text_lines(stream, name), 1):
         cells = line.split("\t")
-        if header is None:
-            yield (header := cells)
-        elif len(cells) != len(header):
+        header = header or cells
+        if len(cells) != len(header):
             raise UserError(f"{name}, line {number}: {len(cells)} columns, expected {len(header)} "
                             f"({', '.join(header[:4])}{', ...' * (len(header) > 4)})")
-        else:
-            yield number, cells
+        yield cells
     if header is None:
         raise UserError(f"{name} is empty")
 
@@ -103,10 +99,9 @@ def label_index(label, labels, where):
     def look(text):
         return unicodedata.normalize("NFKC", text).strip().casefold()
 
-    show = ascii if look(label) in map(look, labels) else repr  # two that print alike are shown as code points
-    raise UserError(f"{where}: unknown label {show(label[:60])}, expected one of "
-                    + ", ".join(show(known) if show is ascii else known for known in labels[:8])
-                    + ", ..." * (len(labels) > 8))
+    alike = [f"; {ascii(label)} is not {ascii(known)}" for known in labels if look(known) == look(label)]
+    raise UserError(f"{where}: unknown label {label[:60]!r}, expected one of {', '.join(labels[:8])}"
+                    + ", ..." * (len(labels) > 8) + "".join(alike))
 
 
 def read_labels(folder):
@@ -115,7 +110,7 @@ def read_labels(folder):
     if not path.is_file():
         raise UserError(f"{folder} is not a data set folder: it has no labels.txt (python data.py --help)")
     with open(path, "rb") as file:
-        labels = [line for _, line in text_lines(file, path)]
+        labels = list(text_lines(file, path))
     if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
         raise UserError(f"{path}: expected two or more different labels, one a line, got {labels[:8]}")
     return labels
@@ -136,15 +131,12 @@ def read_table(path, labels=None, unknown=False):
         if not set(texts) <= set(header) or {"text", "text_a"} <= set(header) or len(set(header)) < len(header):
             raise UserError(f"{path}, line 1: the header is {header[:6]}, expected text, or text_a and text_b, "
                             "and label, separated by tabs")
-        rows = [(number, *cells) for number, cells in lines]
-    if not rows:
+        columns = dict(zip(header, map(list, zip(*lines))))
+    if not columns:
         raise UserError(f"{path} holds a header and no rows")
-    numbers, *cells = map(list, zip(*rows))
-    columns = dict(zip(header, cells))
-    classes = columns.get("label") and [-1 if unknown and not label else
-                                        label_index(label, labels, f"{path}, line {number}")
-                                        for number, label in zip(numbers, columns["label"])]
-    return Rows(columns[texts[0]], columns[texts[1]] if len(texts) == 2 else None, classes), columns
+    classes = [-1 if unknown and not label else label_index(label, labels, f"{path}, line {number}")
+               for number, label in enumerate(columns.get("label", []), 2)]
+    return Rows(columns[texts[0]], columns[texts[1]] if len(texts) == 2 else None, classes or None), columns
 
 
 def write_table(path, columns):
@@ -161,13 +153,13 @@ def say_once(sentence):
 def split_languages(folder, split, first="en"):
     """The languages a split is there in: `first` first, then by name. Warns of files that look like one and are not."""
     found = []
-    for path in Path(folder).iterdir() if Path(folder).is_dir() else []:
-        if match := re.fullmatch(rf"{split}\.([A-Za-z0-9_-]+)\.tsv", path.name):
-            found.append(match[1])
-        elif re.match(r"(train|dev|test|valid\w*)\..*tsv$", path.name, re.I) and not re.fullmatch(
-                rf"({'|'.join(SPLITS)})\.[A-Za-z0-9_-]+\.tsv", path.name):
-            say_once(f"warning: {path} is not read: a split's file is named train, dev or test, a language code without "
-                     "a dot and .tsv, as dev.pt-BR.tsv")
+    for path in sorted(Path(folder).glob("*.*")):
+        match = re.fullmatch(r"(train|dev|test)\.([A-Za-z0-9_-]+)\.tsv", path.name)
+        if match and match[1] == split:
+            found.append(match[2])
+        elif not match and re.match(r"(train|dev|test|valid\w*)\..*tsv$", path.name, re.I):
+            say_once(f"warning: {path} is not read: a split's file is named train, dev or test, a language code without"
+                     " a dot and .tsv, as dev.pt-BR.tsv")
     return sorted(found, key=lambda language: (language != first, language))
 
 
@@ -247,13 +239,13 @@ def load_tokenizer(name):
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where files are missing
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: "
                         "it has no vocabulary (tokenizer.json or vocab.txt)")
-    for texts in (["a"], ["a"], ["b"]), ([""], [""], [""]):
-        one, pair = (tokenizer(*part)["input_ids"][0] for part in (texts[:1], texts[1:]))
-        marks = [token in tokenizer.all_special_ids for token in pair]
-        if len(one) < 2 or not {one[0], one[-1]} <= set(tokenizer.all_special_ids) or sum(marks) < 3 or not (
-                marks[0] and marks[-1]):
-            raise UserError(f"the tokenizer of {str(name)!r} does not put a special token before a text, between two and "
-                            f"after them (it gives {tokenizer.convert_ids_to_tokens(pair)} for {texts[1:]}): give its "
+    special = set(tokenizer.all_special_ids)
+    for a, b in ("a", "b"), ("", ""):
+        one, pair = tokenizer([a])["input_ids"][0], tokenizer([a], [b])["input_ids"][0]
+        if len(one) < 2 or sum(token in special for token in pair) < 3 or not (
+                {one[0], one[-1], pair[0], pair[-1]} <= special):
+            raise UserError(f"the tokenizer of {str(name)!r} does not put a special token before a text, between two "
+                            f"and after them (it gives {tokenizer.convert_ids_to_tokens(pair)} for {[a, b]}): give its "
                             "tokenizer.json a post_processor that does")
     return tokenizer
 
@@ -360,17 +352,26 @@ def find_archive(url, folder, out):
 
 
 def read_archive(path, wanted):
-    """Yield the members of a .zip or .tar.gz whose names match `wanted`, a regular expression: (name, bytes)."""
+    """Yield (key, member's name, bytes) for each of `wanted`, {key: name, or a pattern with *}, in a .zip or .tar.gz.
+
+    UserError when the archive is damaged, and at the end when one of `wanted` was not there.
+    """
+    found = set()
+
+    def keys(name):
+        mine = [key for key, pattern in wanted.items() if fnmatchcase(name, pattern)]
+        found.update(mine)
+        return mine
+
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as opened:
-                for name in filter(re.compile(wanted).fullmatch, opened.namelist()):
-                    yield name, opened.read(name)
+                for name in opened.namelist():
+                    yield from ((key, name, opened.read(name)) for key in keys(name))
         else:
             with tarfile.open(path) as opened:
                 for info in opened:
-                    if info.isfile() and re.fullmatch(wanted, info.name):
-                        yield info.name, opened.extractfile(info).read()
+                    yield from ((key, info.name, opened.extractfile(info).read()) for key in keys(info.name))
                 while opened.fileobj.read(1 << 20):  # to the very end: gzip's checksum is there
                     pass
     except PermissionError:
@@ -378,17 +379,8 @@ def read_archive(path, wanted):
     except Exception as error:  # nothing but zipfile and tarfile runs here; a wrong byte can surface as any error
         reason = str(error).partition("\n")[0].rstrip(":")
         raise UserError(f"{path} is damaged or cut short ({reason}): delete it and fetch it again") from None
-
-
-def pick_columns(content, name, columns):
-    """Yield (line number, the named cells, clean) of a table in bytes. UserError when a column is missing."""
-    lines = table_lines(io.BytesIO(content), name)
-    header = next(lines)
-    if missing := [column for column in columns if column not in header]:
-        raise UserError(f"{name}, line 1: no column {missing[0]!r} in {header[:19]}")
-    where = [header.index(column) for column in columns]
-    for number, cells in lines:
-        yield number, [clean(cells[i]) for i in where]
+    if missing := [pattern for key, pattern in wanted.items() if key not in found]:
+        raise UserError(f"{path} has no member {missing[0]}")
 
 
 def clean(text):
@@ -397,173 +389,152 @@ def clean(text):
 
 
 def read_xnli(path, path_mt, languages, train_languages):
-    """The XNLI archives -> {(split, language): Rows}, {(split, language): where it came from}."""
-    data, sources = {}, {}
-    members = {f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv": language for language in train_languages}
-    for member, content in read_archive(path_mt, "|".join(map(re.escape, members))):
-        rows = data["train", members[member]] = Rows([], [], [])
-        for number, (premise, hypo, label) in pick_columns(content, f"{path_mt}:{member}", ["premise", "hypo", "label"]):
-            label = "contradiction" if label == "contradictory" else label
-            add_pair(rows, premise, hypo, label, f"{path_mt}:{member}, line {number}")
-        if not rows.labels:
-            raise UserError(f"{path_mt}:{member} holds a header and no rows")
-        sources["train", members[member]] = {"archive": path_mt.name, "member": member}
-    columns, found = ["language", "gold_label", "sentence1", "sentence2", "pairID"], set()
-    for member, content in read_archive(path, r"XNLI-1\.0/xnli\.(dev|test)\.tsv"):
-        found.add(member)
-        split, pairs = member.split(".")[-2], {}
-        for language in languages:
-            data[split, language] = Rows([], [], [])
-            sources[split, language] = {"archive": path.name, "member": member}
-        for number, (language, label, premise, hypothesis, pair) in pick_columns(content, f"{path}:{member}", columns):
-            if language in languages:
-                add_pair(data[split, language], premise, hypothesis, label, f"{path}:{member}, line {number}")
-                pairs.setdefault(language, []).append(pair)
-        check_parallel(pairs, f"{path}:{member}", languages)
-    for archive, member in [(path_mt, member) for member, language in members.items() if ("train", language) not in data] \
-            + [(path, f"XNLI-1.0/xnli.{split}.tsv") for split in ("dev", "test") if not any(key[0] == split for key in data)]:
-        raise UserError(f"{archive} has no member {member}")
-    return data, sources
+    """The XNLI archives -> {(split, language): (rows of (text_a, text_b, label), archive, member)}."""
+    data = {}
+    members = {language: f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv" for language in train_languages}
+    for language, member, content in read_archive(path_mt, members):
+        rows = xnli_rows(content, f"{path_mt}:{member}", ["premise", "hypo", "label"])
+        check_rows({language: rows}, f"{path_mt}:{member}", "train", XNLI_ROWS)
+        data["train", language] = rows, path_mt.name, member
+    members = {split: f"XNLI-1.0/xnli.{split}.tsv" for split in ("dev", "test")}
+    columns = ["language", "pairID", "sentence1", "sentence2", "gold_label"]
+    for split, member, content in read_archive(path, members):
+        rows = {language: [] for language in languages}
+        for language, *row in xnli_rows(content, f"{path}:{member}", columns):
+            rows.get(language, []).append(row)
+        check_rows(rows, f"{path}:{member}", split, XNLI_ROWS)
+        data |= {(split, language): ([row[1:] for row in rows[language]], path.name, member) for language in languages}
+    return data
 
 
-def add_pair(rows, premise, hypothesis, label, where):
-    rows.text_a.append(premise)
-    rows.text_b.append(hypothesis)
-    rows.labels.append(label_index(label, XNLI_LABELS, where))
-
-
-def massive_locale(language):
-    """A regular expression for MASSIVE's locales of a language code: zh is zh-CN, de any de-*, pt-PT itself alone."""
-    language = language.replace("_", "-")
-    return "zh-CN" if language == "zh" else language if "-" in language else f"{language}-[A-Z]{{2}}"
-
-
-def read_massive(path, languages, train_languages, intents, balance, seed):
-    """The MASSIVE archive -> label names, {(split, language): Rows}, {(split, language): where it came from}.
-
-    The most frequent `intents` (0: all) of English train are kept, whatever the languages.
-    """
-    records, members, english = {}, {}, next((l for l in languages if l.startswith("en")), "en")
-    languages = list(dict.fromkeys([english, *languages]))
-    for member, content in read_archive(path, rf"1\.0/data/({'|'.join(map(massive_locale, languages))})\.jsonl"):
-        language = next(l for l in languages if re.fullmatch(rf"1\.0/data/{massive_locale(l)}\.jsonl", member))
-        rows = records[language] = {split: [] for split in SPLITS}
-        members[language] = member
-        for number, line in text_lines(io.BytesIO(content), f"{path}:{member}"):
-            try:
-                record = json.loads(line)
-                (record["intent"] + record["utt"]).encode("utf-8")  # half of a surrogate pair is an error
-                rows[record["partition"]].append((str(record["id"]), record["intent"], clean(record["utt"])))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}:{member}, line {number}: expected a JSON object with id, partition "
-                                f"(train, dev or test), intent and utt ({error!r})") from None
-    for language in languages:
-        if language not in records:
-            raise UserError(f"{path} has no member 1.0/data/{language}{'' if '-' in language else '-*'}.jsonl")
-        for split in SPLITS:
-            check_parallel({tongue: [row[:2] for row in records[tongue][split]] for tongue in (english, language)},
-                           f"{path}:{members[language]}, partition {split}", [language])
-            warn_count(members[language], split, len(records[language][split]), MASSIVE_ROWS)
-    counts = Counter(intent for _, intent, _ in records[english]["train"])
-    labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[:intents or None])
-    if len(labels) < 2:
-        raise UserError(f"{path}:{members[english]}: {len(labels)} intents in the train partition, expected two or more")
-    data, sources = {}, {}
-    for language in languages:
-        for split in SPLITS if language in train_languages else SPLITS[1:]:
-            kept = [(labels.index(intent), text) for _, intent, text in records[language][split] if intent in labels]
-            if split == "train" and balance:
-                kept = balanced(kept, seed)
-            data[split, language] = Rows([text for _, text in kept], None, [label for label, _ in kept])
-            sources[split, language] = {"archive": path.name, "member": members[language]}
-    return labels, data, sources
-
-
-def balanced(rows, seed):
-    """Repeat (label, text) rows of the smaller classes until all are as large as the largest (paper section 1.3)."""
-    random = np.random.default_rng(seed)
-    largest = max(Counter(label for label, _ in rows).values())
-    for label in sorted({label for label, _ in rows}):
-        mine = [row for row in rows if row[0] == label]
-        rows = rows + [mine[i] for i in random.permutation(np.arange(largest - len(mine)) % len(mine))]
+def xnli_rows(content, name, columns):
+    """The named columns of an XNLI table, of which the last is the label: N lists. UserError when one is missing."""
+    lines = table_lines(io.BytesIO(content), name)
+    header = next(lines)
+    if missing := [column for column in columns if column not in header]:
+        raise UserError(f"{name}, line 1: no column {missing[0]!r} in {header[:19]}")
+    where = [header.index(column) for column in columns]
+    rows = [[clean(cells[i]) for i in where] for cells in lines]
+    for number, row in enumerate(rows, 2):
+        row[-1] = "contradiction" if row[-1] == "contradictory" else row[-1]  # as XNLI-MT calls it
+        label_index(row[-1], XNLI_LABELS, f"{name}, line {number}")
     return rows
 
 
-def check_parallel(ids, where, languages):
-    """UserError unless each language's row ids are the first language's."""
-    first, *rest = [(language, ids.get(language, [])) for language in dict.fromkeys([*ids, *languages])]
-    for language, mine in [first, *rest]:
+def read_massive(path, languages, train_languages, intents, balance, seed):
+    """The MASSIVE archive -> label names, {(split, language): (rows of (text, label), archive, member)}.
+
+    The most frequent `intents` (0: all) of English train are kept, whatever the languages.
+    """
+    def locale(code):  # zh is zh-CN; de, as any other, the one de-* there is; pt-PT and pt_PT are themselves
+        return "zh-CN" if code == "zh" else code.replace("_", "-") + "-*" * (len(code) == 2)
+
+    source, everything = english(languages + train_languages), languages + train_languages
+    records, members = {code: {split: [] for split in SPLITS} for code in [source, *everything]}, {}
+    for code, member, content in read_archive(path, {code: f"1.0/data/{locale(code)}.jsonl" for code in records}):
+        members[code] = member
+        for number, line in enumerate(text_lines(io.BytesIO(content), f"{path}:{member}"), 1):
+            try:
+                record = json.loads(line)
+                (record["intent"] + record["utt"]).encode("utf-8")  # half of a surrogate pair is an error
+                records[code][record["partition"]].append((record["id"], clean(record["utt"]), record["intent"]))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{path}:{member}, line {number}: expected a JSON object with id, partition "
+                                f"(train, dev or test), intent and utt ({error!r})") from None
+    for split in SPLITS:
+        check_rows({code: found[split] for code, found in records.items()}, f"{path}, partition {split}", split,
+                   MASSIVE_ROWS)
+    counts = Counter(intent for _, _, intent in records[source]["train"])
+    labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[:intents or None])
+    if len(labels) < 2:
+        raise UserError(f"{path}:{members[source]}: {len(labels)} intents in the train partition, expected two or more")
+    data = {}
+    for split in SPLITS:
+        for code in train_languages if split == "train" else languages:
+            rows = [row[1:] for row in records[code][split] if row[2] in labels]
+            rows = balanced(rows, seed) if balance and split == "train" else rows
+            data[split, code] = rows, path.name, members[code]
+    return labels, data
+
+
+def english(languages):
+    """The code that English has among some languages, else "en"."""
+    return next((code for code in languages if code.startswith("en")), "en")
+
+
+def balanced(rows, seed):
+    """Repeat (text, label) rows of the smaller classes until all are as large as the largest (paper section 1.3)."""
+    random = np.random.default_rng(seed)
+    counts = Counter(label for _, label in rows)
+    for label in sorted(counts):
+        mine = [row for row in rows if row[1] == label]
+        rows = rows + [mine[i] for i in random.permutation(np.arange(max(counts.values()) - len(mine)) % len(mine))]
+    return rows
+
+
+def check_rows(rows, where, split, published):
+    """UserError unless each language has rows, with the first's ids and labels; a warning when they are not as many as
+    published. rows: {language: rows of (id, ..., label)}; published: {split: count}."""
+    keys = {language: [(row[0], row[-1]) for row in mine] for language, mine in rows.items()}
+    first = next(iter(keys))
+    for language, mine in keys.items():
         if not mine:
             raise UserError(f"{where} has no rows for the language {language!r}")
-        if mine != first[1]:
-            at = next((i for i, (a, b) in enumerate(zip(mine, first[1])) if a != b), min(len(mine), len(first[1])))
-            raise UserError(f"{where}: {language} is not row-parallel with {first[0]}: they differ at row {at + 1} of "
-                            f"{len(mine)} and {len(first[1])}")
-
-
-def warn_count(name, split, rows, published):
-    if rows != published.get(split, rows):
-        print(f"warning: {name} has {rows:,} rows where the published {split} set has {published[split]:,}",
+        if mine != keys[first]:
+            raise UserError(f"{where}: {language} is not row-parallel with {first}: other ids or labels")
+    if len(mine) != published[split]:
+        print(f"warning: {where} has {len(mine):,} rows where the published {split} set has {published[split]:,}",
               file=sys.stderr)
 
 
-def write_data_set(out, labels, data, sources, published):
-    """Write a data set folder, and warn where a row count is not the published one."""
-    out = Path(out)
-    names = {key: f"{key[0]}.{key[1]}.tsv" for key in data}
-    others = sorted({path.name for path in out.glob("*.*.tsv")} - set(names.values())) if out.is_dir() else []
+def write_data_set(out, labels, columns, data):
+    """Write a data set folder. columns: names of a row's cells; data: {(split, language): (rows, archive, member)}."""
+    out, sources, names = Path(out), {}, {f"{split}.{language}.tsv" for split, language in data}
+    others = sorted({path.name for path in out.glob("*.*.tsv")} - names)
     if others or (out / "labels.txt").is_file() and read_labels(out) != labels:
         raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): "
                         "give another --out, or delete it")
     with write_atomic(out / "labels.txt") as file:
-        file.write("".join(f"{label}\n" for label in labels))
-    for key, name in names.items():
-        rows = data[key]
-        texts = {"text": rows.text_a} if rows.text_b is None else {"text_a": rows.text_a, "text_b": rows.text_b}
-        write_table(out / name, texts | {"label": [labels[i] for i in rows.labels]})
-        sources[key] |= {"sha256": sha256(out / name), "rows": len(rows.labels)}
-        print(f"{out / name}: {len(rows.labels):,} rows")
-        warn_count(name, key[0], len(rows.labels), published)
-    write_json(out / "sources.json", {names[key]: sources[key] for key in data})
+        file.writelines(f"{label}\n" for label in labels)
+    for (split, language), (rows, archive, member) in data.items():
+        path = out / f"{split}.{language}.tsv"
+        write_table(path, dict(zip(columns, zip(*rows))))
+        sources[path.name] = {"archive": archive, "member": member, "sha256": sha256(path), "rows": len(rows)}
+        print(f"{path}: {len(rows):,} rows")
+    write_json(out / "sources.json", sources)
 
+
+# --- the commands ------------------------------------------------------------------------------------------------
 
 def check(folder, model=None, max_length=128):
-    """Print what a data set folder holds and what is odd about it; 1 when something is wrong, else 0."""
+    """Print what a data set folder holds and what is odd about it."""
     labels = read_labels(folder)
-    data = {(split, language): read_split(folder, split, language, labels)
-            for split in SPLITS for language in split_languages(folder, split)}
-    if not data:
+    keys = [(split, language) for split in SPLITS for language in split_languages(folder, split)]
+    if not keys:
         raise UserError(f"{folder} has no train, dev or test file")
     tokenizer = model and load_tokenizer(model)
-    print(f"{folder}: {len(labels)} labels: {' '.join(labels[:8])}{' ...' * (len(labels) > 8)}")
-    print(f"{'file':<16}{'rows':>9}{'smallest':>10}{'largest':>9}{'twice':>8}{'in train':>10}"
-          + f"{'tokens':>8}{'unknown':>9}{'cut':>7}" * bool(model))
-    train, first, odd = set(), {}, []
-    pairs = next(iter(data.values())).text_b is not None
-    for (split, language), rows in data.items():
-        texts = list(zip(rows.text_a, rows.text_b)) if rows.text_b else rows.text_a
-        if split == "train":
-            train.update(texts)
+    table, notes, train, first = [], "", set(), {}
+    for (split, language), rows in read_sets(folder, keys, labels).items():
+        texts = list(zip(rows.text_a, rows.text_b or rows.text_a))
         share = np.bincount(rows.labels, minlength=len(labels)) / len(texts)
-        line = (f"{split + '.' + language:<16}{len(texts):>9,}{share.min():>10.1%}{share.max():>9.1%}"
-                f"{len(texts) - len(set(texts)):>8,}"
-                f"{'' if split == 'train' else sum(text in train for text in texts):>10}")
+        again = "" if split == "train" else f"{sum(text in train for text in texts):,}"
+        train.update(texts if split == "train" else [])
+        table.append([f"{split}.{language}", f"{len(texts):,}", f"{share.min():.1%}", f"{share.max():.1%}",
+                      f"{len(texts) - len(set(texts)):,}", again])
         if model:
             encoded = encode(tokenizer, rows, max_length=1 << 20)
-            unknown = np.mean(encoded.ids == tokenizer.unk_token_id)
-            line += f"{encoded.lengths.mean():>8.1f}{unknown:>9.2%}{np.mean(encoded.lengths > max_length):>7.1%}"
-        print(line)
+            table[-1] += [f"{encoded.lengths.mean():.1f}", f"{np.mean(encoded.ids == tokenizer.unk_token_id):.2%}",
+                          f"{np.mean(encoded.lengths > max_length):.1%}"]
         name, expected = first.setdefault(split, (language, rows.labels))
         if split != "train" and rows.labels != expected:
-            odd.append(f"note: {split}.{language}.tsv is not row-parallel with {split}.{name}.tsv: no mean over "
-                       "languages will be compared")
-        if (rows.text_b is not None) != pairs:
-            odd.append(f"warning: {split}.{language}.tsv and {'.'.join(next(iter(data)))}.tsv: "
-                       "one holds pairs, the other single texts")
-    print("smallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
+            notes += (f"note: {split}.{language}.tsv is not row-parallel with {split}.{name}.tsv: "
+                      "no mean over languages will be compared\n")
+    print(f"{folder}: {len(labels)} labels: {' '.join(labels[:8])}{' ...' * (len(labels) > 8)}\n")
+    print(markdown_table(["file", "rows", "smallest", "largest", "twice", "in train"]
+                         + ["tokens", "unknown", "cut"] * bool(model), table))
+    print("\nsmallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
           "in train: rows whose text is in a train file too" + f"; cut: longer than {max_length} tokens" * bool(model))
-    print("".join(f"{sentence}\n" for sentence in odd), end="")
-    return int(any(sentence.startswith("warning") for sentence in odd))
+    print(notes, end="")
 
 
 def language_code(text):
@@ -585,8 +556,8 @@ def parse_args(argv):
                              help="folder that holds the archives (default: download them)")
         command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG", **form,
                              help=f"languages of dev and test (default: {languages})")
-        command.add_argument("--train-languages", nargs="+", default=["en"], metavar="LANG", **form,
-                             help="languages of train (default: en)")
+        command.add_argument("--train-languages", nargs="+", metavar="LANG", **form,
+                             help="languages of train (default: English)")
         if name == "massive":
             command.add_argument("--intents", type=in_range(int, 0), default=4,
                                  help="keep the N most frequent intents of English train (default: 4; 0: all 60)")
@@ -609,17 +580,15 @@ def main(argv=None):
     args = parse_args(argv)
     if args.command == "check":
         return check(args.folder, args.model, args.max_length)
+    train_languages = args.train_languages or [english(args.languages)]
     if args.command == "xnli":
         paths = [find_archive(url, args.archives, args.out) for url in (XNLI_URL, XNLI_MT_URL)]
-        data, sources = read_xnli(*paths, dict.fromkeys(args.languages), dict.fromkeys(args.train_languages))
-        write_data_set(args.out, XNLI_LABELS, data, sources, XNLI_ROWS)
+        data = read_xnli(*paths, args.languages, train_languages)
+        write_data_set(args.out, XNLI_LABELS, ["text_a", "text_b", "label"], data)
     else:
         path = find_archive(MASSIVE_URL, args.archives, args.out)
-        labels, data, sources = read_massive(path, [*args.languages, *args.train_languages], args.train_languages,
-                                             args.intents, args.balance, args.seed)
-        data = {key: rows for key, rows in data.items() if key[0] == "train" or key[1] in args.languages}
-        write_data_set(args.out, labels, data, sources, {})  # read_massive has counted, before it chose intents
-    return 0
+        labels, data = read_massive(path, args.languages, train_languages, args.intents, args.balance, args.seed)
+        write_data_set(args.out, labels, ["text", "label"], data)
 
 
 if __name__ == "__main__":
