@@ -1,21 +1,25 @@
 """Speed: this project beside what a user would run instead, and beside the limit of the machine.
 
     make bench MODEL=bert-base-multilingual-uncased DATA=data/xnli
-    python bench.py --model bert-base-multilingual-uncased --data data/xnli --out bench
+    python -m experiments.bench --model bert-base-multilingual-uncased --data data/xnli --out bench [--compile default]
 
-Reads   a model folder (BERT; its weights may be random, speed does not know) and the English files of a data set.
+Reads   a model folder (BERT; its weights may be random, speed does not know) and the train file of a data set.
 Writes  OUT/bench.json and OUT/bench.md: for each piece of work this project's rate, the other's, and the ratio.
         Medians over passes of the same rows, the first pass not counted; the slowest ways have one pass (padded to 128,
         sentence-transformers, the search). Peak memory of the process in the passes; the models of one way at a time.
+        Fine-tuning is train.py itself: the seconds of an epoch's steps, without set-up, evaluation and saving.
 The limit is the rate of this machine's matrix products (2048 x 2048, measured right before and after the work, the
 mean of both) over the operations that the unpadded tokens need. transformers' Trainer, sentence-transformers and
 scikit-learn are needed here alone (requirements-bench.txt).
 """
 import argparse
+import contextlib
 import gc
+import io
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,15 +31,13 @@ from transformers import (AutoModel, AutoModelForSequenceClassification, BertCon
                           Trainer, TrainerCallback, TrainingArguments)
 
 import train
-from data import (collate, encode, encode_split, read_labels, read_split, sorted_batches, take, train_batches,
-                  write_table)
-from device import autocast, pick_device, pick_precision, to_device, versions
-from extract import pool_all
-from files import UserError, cli, in_range, markdown_table, write_atomic, write_json
-from frozen import FrozenStates
-from grid_search import confusion_matrices, train_models
-from model import drop_pooler, keep_tokens, load_encoder, load_tokenizer, model_identity, predict
-from ranking import micro_f1
+from common import (UserError, autocast, cli, in_range, markdown_table, pick_device, pick_precision, to_device,
+                    versions, write_atomic, write_json)
+from data import (collate, encode, eval_batches, load_tokenizer, read_labels, read_split, sorted_batches, take,
+                  train_language, write_table)
+from extract import pool_all, to_dtype
+from grid_search import confusion_matrices, micro_f1, train_models
+from model import Classifier, drop_pooler, load_encoder, predict, revision
 
 DEVICE = pick_device()
 
@@ -130,7 +132,7 @@ def our_extraction(model, tokenizer, encoded, dtype, repeats):
         with torch.inference_mode(), autocast(DEVICE, dtype):
             for index in sorted_batches(encoded.lengths, 64):
                 batch = to_device(collate(encoded, index, tokenizer.pad_token_id, 128), DEVICE)
-                pool_all(encoder, batch).cpu().numpy().astype(np.float16)
+                to_dtype(pool_all(encoder, batch), "float16", "bench")
 
     return measure(work, repeats)
 
@@ -199,8 +201,8 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
     fast, found = features.to(dtype), {}
 
     def ours():
-        models = train_models(fast[:, :rows], y[:rows], classes, list(range(seeds)))
-        found["f1"] = micro_f1(confusion_matrices(*models, fast[:, rows:], y[rows:], classes))  # (S, M)
+        weights = train_models(fast[:, :rows], y[:rows], classes, list(range(seeds)))
+        found["f1"] = micro_f1(confusion_matrices(weights, fast[:, rows:], y[rows:], classes))  # (S, M)
 
     reset_peak()
     wait()
@@ -250,7 +252,7 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, labels=3):
+def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, compiled=None, labels=3):
     """transformers' Trainer on these rows: padded to 128 in float32, or tuned: dynamic padding, grouped by length."""
     texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128,
                       padding=False if tuned else "max_length")
@@ -262,105 +264,120 @@ def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, l
         per_device_eval_batch_size=2 * batch_size, save_strategy="no", report_to=[], disable_tqdm=True,
         logging_strategy="no", bf16=low and dtype == torch.bfloat16, fp16=low and dtype == torch.float16,
         train_sampling_strategy="group_by_length" if tuned else "random", use_cpu=DEVICE.type == "cpu",
-        dataloader_pin_memory=DEVICE.type == "cuda")
+        dataloader_pin_memory=DEVICE.type == "cuda", torch_compile=compiled is not None, torch_compile_mode=compiled)
     clock = Clock()
     module = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, dtype=torch.float32)
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
 
 
-def our_steps(model, tokenizer, encoded, batch_size, dtype, head, layers=()):
-    """train.py's State, an epoch of its steps as a function, and the rows as its encoder numbers their tokens."""
-    labels = [str(i) for i in range(3)]
-    classifier, *_ = train.build(model, labels, head, layers, None, "max", 0.1, None, 0, 0)
-    new_ids = keep_tokens(classifier.encoder, np.unique(encoded.ids), tokenizer.pad_token_id)
-    encoded = encoded._replace(ids=new_ids[encoded.ids])
-    state = train.State(classifier.to(DEVICE), 0.0, dtype)
+class Steps(train.Log):
+    """train.py's log, which keeps the seconds of each epoch's steps, and the last epoch's peak memory."""
+    seconds, memory = [], 0.0
 
-    def work(kept=None):
-        classifier.train()
-        for index in train_batches(encoded.lengths, batch_size, 0, 0):
-            parts = list(train.micro_batches(encoded, index, tokenizer.pad_token_id, 128, DEVICE, 1, 0, 1, kept))
-            train.train_step(classifier, state.optimizer, 1e-5, state.scaler, parts, len(index), dtype, 1.0, 1)
+    def restart(self, step):
+        reset_peak()
+        wait()
+        super().restart(step)
 
-    return state, work, encoded
-
-
-def our_training(model, tokenizer, encoded, batch_size, dtype, repeats, full):
-    """Measure train.py's steps under the head that Trainer trains: ((seconds, MiB), limit), and with `full` its
-    prediction: (seconds, MiB)."""
-    state, work, encoded = our_steps(model, tokenizer, encoded, batch_size, dtype, "pooler")
-    steps = with_limit(dtype, lambda: measure(work, repeats))
-    return steps, full and measure(lambda: predict(state.model, encoded, tokenizer.pad_token_id, dtype), repeats)
+    def train(self, *numbers):
+        wait()
+        Steps.seconds.append(time.perf_counter() - self.clock)
+        Steps.memory = peak()
+        return super().train(*numbers)
 
 
-def our_freezing(model, tokenizer, encoded, batch_size, dtype, repeats, head, layers, frozen):
-    """Seconds of an epoch before freezing, after it, and with the frozen layers' states kept."""
-    state, work, encoded = our_steps(model, tokenizer, encoded, batch_size, dtype, head, layers)
-    before, _ = measure(work, repeats)
-    state.freeze(frozen)
-    after, _ = measure(work, repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        kept = FrozenStates(state.model, encoded, frozen, Path(folder) / "states", tokenizer.pad_token_id, dtype, 128,
-                            64, 0)
-    return before, after, measure(lambda: work(kept), repeats)[0]
+def our_training(model, rows, batch_size, precision, epochs, *flags):
+    """Seconds of the steps of each of train.py's epochs (a list), and the last one's peak memory (MiB).
+
+    Nothing is saved; what is evaluated, one row, is not counted.
+    """
+    Steps.seconds, classes = [], sorted(set(rows.labels))
+    names = {"text_a": rows.text_a, "text_b": rows.text_b, "label": [f"class {i}" for i in rows.labels]}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), mock.patch.multiple(
+            train, Log=Steps, LOG_STEPS=1 << 30, update_mean=lambda *_: {}, save_epoch=mock.DEFAULT,
+            save_state=mock.DEFAULT, save_model=mock.DEFAULT):
+        (Path(folder) / "labels.txt").write_text("".join(f"class {i}\n" for i in classes))
+        for split, count in (("train", len(rows.labels)), ("dev", 1)):
+            write_table(Path(folder) / f"{split}.en.tsv", {name: column[:count] for name, column in names.items()})
+        train.main([str(flag) for flag in (
+            "--model", model, "--data", folder, "--out", Path(folder) / "run", "--batch-size", batch_size,
+            "--precision", precision, "--epochs", epochs, *flags)])
+    gc.collect()
+    return Steps.seconds, Steps.memory
 
 
-def bench_training(table, name, model, rows, batch_size, dtype, repeats, full):
-    """Fine-tuning beside Trainer; with `full` evaluation and freezing too."""
+def our_prediction(model, tokenizer, encoded, dtype, repeats):
+    """Median seconds and peak memory (MiB) of predicting all rows with BERT's own head, as evaluate.py does."""
+    classifier = Classifier(load_encoder(model)[0], range(3), head="pooler").to(DEVICE)
+    return measure(lambda: predict(classifier, eval_batches(encoded, tokenizer.pad_token_id, 128), len(encoded.labels),
+                                   dtype), repeats)
+
+
+def bench_training(table, name, model, rows, batch_size, precision, repeats, compiled, full):
+    """Fine-tuning beside Trainer, plain and compiled; with `full` evaluation and freezing too."""
     tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
-    encoded = encode(tokenizer, rows)
-    ours = model, tokenizer, encoded, batch_size, dtype, repeats
-    ((seconds, memory), limit), prediction = our_training(*ours, full)
-    rate = count / seconds
+    encoded, dtype = encode(tokenizer, rows), pick_precision(precision, DEVICE)
+
+    def ours(*flags):
+        return our_training(model, rows, batch_size, precision, 1 + repeats, "--head", "pooler", *flags)
+
+    (seconds, memory), limit = with_limit(dtype, ours)
+    rate = plain = count / np.median(seconds[1:])
     with tempfile.TemporaryDirectory() as folder:
         few = take(rows, max(2 * batch_size, count // 8))
-        for tuned, part, passes, goal in ((False, few, 1, "6"), (True, rows, repeats, "1.25")):
-            theirs, clock = trainer(model, tokenizer, part, batch_size, folder, tuned, passes, dtype)
+        ways = [(False, None, few, 1, "6"), (True, None, rows, repeats, "1.25")]
+        ways += [(True, mode, rows, repeats, "1.25") for mode in compiled]
+        for tuned, mode, part, passes, goal in ways:
+            if mode:
+                seconds, memory = ours("--compile", mode)
+                rate = count / np.median(seconds[1:])
+                table.add(f"fine-tuning, {name}, --compile {mode}", "not compiled", rate, plain, "examples/s", "")
+            theirs, clock = trainer(model, tokenizer, part, batch_size, folder, tuned, passes, dtype, mode)
             reset_peak()
             theirs.train()
-            table.add(f"fine-tuning, {name}" * (not tuned), "Trainer tuned: dynamic padding, by length, same precision"
-                      if tuned else "Trainer, padded to 128, float32", rate,
-                      len(part.labels) / np.median(clock.seconds[1:]), "examples/s", goal, memory, peak())
-            if tuned and full:
+            table.add(f"fine-tuning, {name}" * (not tuned), "Trainer, padded to 128, float32" if not tuned else
+                      "Trainer tuned: dynamic padding, by length, same precision" + ", compiled" * (mode is not None),
+                      rate, len(part.labels) / np.median(clock.seconds[1:]), "examples/s", goal, memory, peak())
+            if tuned and not mode:
+                need = 3 * operations(config, encoded.lengths)
+                table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
+            if tuned and not mode and full:
                 order = np.argsort(-encoded.lengths, kind="stable")  # Trainer's own order would pad more
                 texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128)
                 data = [{key: values[i] for key, values in texts.items()} for i in order]
                 its = measure(lambda: theirs.predict(data), repeats)
             theirs = None  # its memory must not count in the next one's
             gc.collect()
-    need = 3 * operations(config, encoded.lengths)
-    table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
     if full:
-        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / prediction[0], count / its[0],
-                  "rows/s", "1.25", prediction[1], its[1])
+        seconds, memory = our_prediction(model, tokenizer, encoded, dtype, repeats)
+        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / seconds, count / its[0],
+                  "rows/s", "1.25", memory, its[1])
         blocks = config.num_hidden_layers
         low, chosen = blocks // 2, sorted({blocks // 2, 2 * blocks // 3, blocks - 1})  # of 12: 6; 6 8 11
-        for name, head, layers in (("", "pooler", ()), (", MC-BERT", "layers", chosen)):
-            before, after, kept = our_freezing(*ours, head, layers, [*range(low + 1)])
-            used = max(layers, default=blocks)  # a backward pass costs two forward ones:
-            above = 3 * (used - low)
-            for what, seconds, left in ((f"embeddings and lowest {low} frozen{name}", after, low + above),
-                                        ("the same, --freeze-cache", kept, above)):
-                table.add(what, f"before freezing (in operations: {3 * used / left:.2f})", count / seconds,
-                          count / before, "examples/s", "1.6")
+        for name, flags, used in (("", ["--head", "pooler"], blocks),
+                                  (", MC-BERT", ["--layers", *chosen], max(chosen))):
+            seconds, _ = our_training(model, rows, batch_size, precision, 2 * (1 + repeats), *flags, "--freeze-layers",
+                                      *range(low + 1), "--freeze-epoch", 1 + repeats)
+            before, after = (np.median(part[1:]) for part in (seconds[:1 + repeats], seconds[1 + repeats:]))
+            in_operations = 3 * used / (low + 3 * (used - low))  # a backward pass costs two forward ones
+            table.add(f"embeddings and lowest {low} frozen{name}",
+                      f"before freezing (in operations: {in_operations:.2f})", count / after, count / before,
+                      "examples/s", "1.6")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
 
-def bench_tokens(table, model, rows, labels, count):
+def bench_tokens(table, model, rows, count):
     tokenizer = load_tokenizer(model)
-    with tempfile.TemporaryDirectory() as folder:
-        write_table(Path(folder) / "train.en.tsv", {name: [texts[i % len(texts)] for i in range(count)]
-                                                    for name, texts in rows.columns(labels).items()})
-        seconds = []
-        for _ in range(2):
-            start, used = time.perf_counter(), time.process_time()
-            encode_split(tokenizer, "bench", folder, "train", "en", labels)
-            seconds.append(time.perf_counter() - start)
-            print(f"{count:,} rows: {seconds[-1]:.2f} s, {(time.process_time() - used) / seconds[-1]:.1f} cores busy")
-    table.add(f"tokenising {count:,} rows, again", "the first time", 1 / seconds[1], 1 / seconds[0], "1/s", "")
-    table.add("", "in 2 s", 1 / seconds[1], 1 / 2, "1/s", "1")
+    many = type(rows)(*([texts[i % len(texts)] for i in range(count)] for texts in rows))
+    few, rates = take(many, max(1, count // 8)), []
+    for part, work in ((many, lambda: encode(tokenizer, many)),
+                       (few, lambda: tokenizer(few.text_a, few.text_b, truncation=True, max_length=128))):
+        start = time.perf_counter()
+        work()
+        rates.append(len(part.labels) / (time.perf_counter() - start))
+    table.add(f"tokenising {count:,} rows", "the tokenizer, an eighth of them in one call", *rates, "rows/s", "")
 
 
 def small_bert(folder, model, layers=6, size=384):
@@ -374,9 +391,10 @@ def small_bert(folder, model, layers=6, size=384):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--model", required=True, help="encoder: hub name or folder")
-    parser.add_argument("--data", required=True, help="data set folder with train.en.tsv")
+    parser.add_argument("--data", required=True, help="data set folder: pairs, three labels")
     parser.add_argument("--out", required=True, help="folder for bench.json and bench.md")
     parser.add_argument("--only", nargs="+", choices=["extraction", "search", "small", "full", "tokens"],
                         default=["extraction", "search", "small", "full", "tokens"], help="parts (default: all)")
@@ -389,6 +407,8 @@ def parse_args(argv):
     parser.add_argument("--batch-size", type=in_range(int, 1), default=32, help="rows of a training step (default: 32)")
     parser.add_argument("--repeats", type=in_range(int, 1), default=3, help="passes that count (default: 3)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(default: auto)")
+    parser.add_argument("--compile", nargs="+", choices=["default", "reduce-overhead"], default=[], metavar="MODE",
+                        help="fine-tune compiled too, beside Trainer compiled alike: default, reduce-overhead (a GPU)")
     return parser.parse_args(argv)
 
 
@@ -396,7 +416,7 @@ def main(argv=None):
     args = parse_args(argv)
     dtype = pick_precision(args.precision, DEVICE)
     labels = read_labels(args.data)
-    everything = read_split(args.data, "train", "en", labels)
+    everything = read_split(args.data, "train", train_language(args.data), labels)
     rows = take(everything, args.rows)
     if len(labels) != 3 or rows.text_b is None:
         raise UserError(f"{args.data}: the bench wants pairs and three labels, as XNLI has")
@@ -404,7 +424,7 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, {dtype}: {limit / 1e12:.3f} TFLOP/s in matrix products")
     encoder = load_encoder(args.model)[0]
-    config, identity = encoder.config, model_identity(encoder, load_tokenizer(args.model), args.model)
+    config, identity = encoder.config, revision(encoder, args.model)
     del encoder
     if "extraction" in args.only:
         bench_extraction(table, args.model, rows, dtype, args.repeats)
@@ -414,12 +434,12 @@ def main(argv=None):
     if "small" in args.only:
         with tempfile.TemporaryDirectory() as folder:
             bench_training(table, "6 x 384", small_bert(folder, args.model), take(everything, 4 * args.rows),
-                           args.batch_size, dtype, args.repeats, False)
+                           args.batch_size, args.precision, args.repeats, args.compile, False)
     if "full" in args.only:
         bench_training(table, f"{config.num_hidden_layers} x {config.hidden_size}", args.model, rows, args.batch_size,
-                       dtype, args.repeats, True)
+                       args.precision, args.repeats, args.compile, True)
     if "tokens" in args.only:
-        bench_tokens(table, args.model, everything, labels, args.token_rows)
+        bench_tokens(table, args.model, everything, args.token_rows)
     text = (f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "
             f"passes of {len(rows.labels)} rows (6 x 384: four times as many)\n\n{table.markdown()}\n")
     write_json(Path(args.out) / "bench.json", {"where": where, "dtype": str(dtype), "product_rate": limit,

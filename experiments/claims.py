@@ -1,7 +1,7 @@
 """The paper's eight conclusions, each tested: fine-tune what must be compared, and say what the difference is worth.
 
     make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli
-    python claims.py --model sample/model --data sample/nli --out claims/nli --seeds 3 --lr 5e-4
+    python -m experiments.claims --model sample/model --data sample/intents14 --out claims/sample --lr 2e-4 --controls
 
 Reads   the encoder and a data set folder; with --grid a grid folder of grid_search.py, for what phase 1 says.
 Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a second one trains nothing),
@@ -15,46 +15,28 @@ from pathlib import Path
 import numpy as np
 
 import train
-from data import check_rows, read_labels, read_split, split_languages
-from evaluate import run_logits
-from files import UserError, cli, in_range, markdown_table, write_atomic, write_json
-from model import POOLINGS
-from ranking import foreign, read_grid
-from runs import paper_order, read_run
-from significance import bootstrap_difference, premise_clusters
+from common import UserError, cli, in_range, markdown_table, write_atomic, write_json
+from data import read_labels, read_sets, split_languages, train_language
+from evaluate import bootstrap_difference, choose_epochs, paper_order, parallel, premise_clusters, read_run, run_logits
+from grid_search import at_best_rate, mean_of_others, read_grid
+from model import POOLINGS, blocks, check_layers, load_encoder
 
 MARGIN = 0.01  # "does not help" means: helps by less than this, with 95 % confidence
 
 
-def controls(layers, pooling, freeze, freeze_epoch, epochs):
-    """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
-    chosen = ["--layers", *layers, "--pooling", pooling]
-    found = {f"wf-epoch-{n}": ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n],
-                               {1: "frozen after 1 epoch", 3: "frozen after 3 epochs",
-                                "auto": "frozen at the first fall on joint dev"}[n],
-                               "mc-bert-wf")
-             for n in (1, 3, "auto") if str(n) != freeze_epoch and (n == "auto" or n < epochs)}
-    found["wf-lowest"] = ([*chosen, "--freeze-layers", *range(7), "--freeze-epoch", freeze_epoch],
-                          "embeddings and lowest 6 frozen instead", "mc-bert-wf")
-    found["wf-random"] = ([*chosen, "--random-freeze", len(freeze), "--freeze-epoch", freeze_epoch],
-                          f"{len(freeze)} random layers frozen instead", "mc-bert-wf")
-    found["wf-slower"] = ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", freeze_epoch, "--freeze-lr", 0.1],
-                          "a tenth of the learning rate instead of frozen", "mc-bert-wf")
-    found["random-layers"] = (["--random-layers", len(layers), "--pooling", pooling],
-                              f"{len(layers)} random layers pooled instead", "mc-bert")
-    return found
+def systems(top, layers, pooling, freeze, freeze_epoch, hidden, epochs):
+    """The runs that the conclusions need, {name: flags of train.py}; all but the named thing is the paper's recipe.
 
-
-def systems(layers, pooling, freeze, freeze_epoch, hidden, epochs):
-    """The runs that the conclusions need, {name: flags of train.py}; all but the named thing is the paper's recipe."""
+    top: the encoder's last layer. Of 12 blocks the middle one is layer 8, and layers 5 to 12 are those of the search.
+    """
     chosen = ["--layers", *layers, "--pooling", pooling]
     return {
         "baseline": ["--head", "pooler"],
-        "last-layer": ["--layers", 12, "--pooling", pooling],
-        "single-8": ["--layers", 8, "--pooling", pooling],
-        "layers-5-12": ["--layers", *range(5, 13), "--pooling", pooling],
+        "last-layer": ["--layers", top, "--pooling", pooling],
+        "middle-layer": ["--layers", 2 * top // 3, "--pooling", pooling],
+        "upper-layers": ["--layers", *range(max(0, top // 2 - 1), top + 1), "--pooling", pooling],
         "mc-bert": chosen,
-        "mc-bert-long": [*chosen, "--epochs", 2 * epochs, "--schedule", "constant", "--keep-epochs", epochs],
+        "mc-bert-long": [*chosen, "--epochs", 2 * epochs, "--schedule", "constant", "--keep-all"],
         "mc-bert-mean": ["--layers", *layers, "--pooling", "mean"],
         "mc-bert-cls": ["--layers", *layers, "--pooling", "cls"],
         "mc-bert-wf": [*chosen, "--freeze-layers", *freeze, "--freeze-epoch", freeze_epoch],
@@ -63,18 +45,39 @@ def systems(layers, pooling, freeze, freeze_epoch, hidden, epochs):
     }
 
 
+def controls(top, layers, pooling, freeze, freeze_epoch, epochs, seed):
+    """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
+    chosen = ["--layers", *layers, "--pooling", pooling]
+    pooled, frozen = (sorted((1 + np.random.default_rng([seed, i]).permutation(top)[:len(drawn)]).tolist())
+                      for i, drawn in enumerate((layers, freeze)))  # other layers for each seed
+    found = {f"wf-epoch-{n}": ([*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n], what, "mc-bert-wf")
+             for n, what in ((1, "frozen after 1 epoch"), (3, "frozen after 3 epochs"),
+                             ("auto", "frozen at the first fall on joint dev"))
+             if str(n) != freeze_epoch and (n == "auto" or n < epochs)}
+    for name, instead, what in (("wf-lowest", range(top // 2 + 1), f"embeddings and lowest {top // 2} frozen instead"),
+                                ("wf-random", frozen, f"{len(freeze)} random layers frozen instead")):
+        found[name] = [*chosen, "--freeze-layers", *instead, "--freeze-epoch", freeze_epoch], what, "mc-bert-wf"
+    found["random-layers"] = (["--layers", *pooled, "--pooling", pooling],
+                              f"{len(layers)} random layers pooled instead", "mc-bert")
+    found["mc-bert-mix"] = [*chosen, "--combine", "mix"], "layers mixed, not side by side", "mc-bert"
+    return found
+
+
 # (number, the paper's words, A, B, which way): A - B > 0 is the claim; "no gain": A is at most MARGIN better than B
 CONCLUSIONS = [
-    (1, "longer fine-tuning hurts the other languages", ("mc-bert-long", "half"), ("mc-bert-long", "last"), "better"),
-    (2, "more hidden states beat the [CLS] head", ("mc-bert", "last"), ("baseline", "last"), "better"),
-    (3, "max pooling beats mean", ("mc-bert", "last"), ("mc-bert-mean", "last"), "better"),
-    (3, "max pooling beats [CLS]", ("mc-bert", "last"), ("mc-bert-cls", "last"), "better"),
-    (4, "not all layers are needed", ("layers-5-12", "last"), ("mc-bert", "last"), "no gain"),
-    (4, "a middle layer beats the last", ("single-8", "last"), ("last-layer", "last"), "better"),
-    (5, "combining layers helps", ("mc-bert", "last"), ("single-8", "last"), "better"),
-    (6, "freezing on the go helps", ("mc-bert-wf", "last"), ("mc-bert", "last"), "better"),
-    (7, "dropout is needed", ("mc-bert", "last"), ("mc-bert-no-dropout", "last"), "better"),
-    (8, "a deeper classifier does not help", ("mc-bert-deep", "last"), ("mc-bert", "last"), "no gain"),
+    (1, "longer fine-tuning hurts the other languages", "mc-bert-long@half", "mc-bert-long", "better"),
+    (1, "control: mean of the epochs, not the last", "mc-bert@mean", "mc-bert", "control"),
+    (1, "control: the same, trained for long", "mc-bert-long@mean", "mc-bert-long", "control"),
+    (2, "more hidden states beat the [CLS] head", "mc-bert", "baseline", "better"),
+    (3, "max pooling beats mean", "mc-bert", "mc-bert-mean", "better"),
+    (3, "max pooling beats [CLS]", "mc-bert", "mc-bert-cls", "better"),
+    (4, "not all layers are needed", "upper-layers", "mc-bert", "no gain"),
+    (4, "a middle layer beats the last", "middle-layer", "last-layer", "better"),
+    (5, "combining layers helps", "mc-bert", "middle-layer", "better"),
+    (6, "freezing on the go helps", "mc-bert-wf", "mc-bert", "better"),
+    (6, "control: freezing, or the mean of the epochs", "mc-bert-wf", "mc-bert@mean", "control"),
+    (7, "dropout is needed", "mc-bert", "mc-bert-no-dropout", "better"),
+    (8, "a deeper classifier does not help", "mc-bert-deep", "mc-bert", "no gain"),
 ]
 
 
@@ -94,80 +97,97 @@ def verdict(low, high, by_seed, way):
 WORDS = {"supported": "better", "not supported": "worse", "undecided": "undecided"}  # a control claims nothing
 
 
-def phase_one(grid):
-    """What the search says on conclusions 3, 4 and 5, as Markdown lines (mean F1 of the non-English test sets)."""
-    scores = {key: foreign(entry, "test").mean() for key, entry in read_grid(grid)[0].items()}
+def phase_one(folder, split):
+    """What a grid says on conclusions 3, 4 and 5, as Markdown lines: mean F1 of the other languages' sets, each
+    combination at the learning rate that the search preferred."""
+    grid, columns, best = read_grid(folder)
+    source = best["train_language"]
+    if not any(column.startswith(f"{split}_") and column != f"{split}_{source}" for column in columns):
+        raise UserError(f"{folder} has no {split} scores in another language than {source}")
+    at_best = at_best_rate(grid, best)
+    scores = {key: mean_of_others(entry, split, source).mean() for key, (_, entry) in at_best.items()}
     poolings = {p: np.mean([s for (pooling, _), s in scores.items() if pooling == p])
                 for p in dict.fromkeys(p for p, _ in scores)}
     single = {key: s for key, s in scores.items() if len(key[1]) == 1}
-    best_single, best = max(single, key=single.get), max(scores, key=scores.get)
-    everything = max((key for key in scores if len(key[1]) == max(len(k[1]) for k in scores)), key=scores.get)
+    most = max(len(layers) for _, layers in scores)
+    everything = {key: s for key, s in scores.items() if len(key[1]) == most}
 
-    def named(key):
-        return f"{key[0]} of {'+'.join(map(str, key[1]))} ({scores[key]:.1f})"
+    def top(some):
+        pooling, layers = key = max(some, key=some.get)
+        return f"{pooling} of {'+'.join(map(str, layers))} at lr {at_best[key][0]:g}, {some[key]:.1f}"
 
-    return [f"- (3) mean over all combinations: {', '.join(f'{p} {s:.1f}' for p, s in poolings.items())}",
-            f"- (4) best single layer: {named(best_single)}; all layers: {named(everything)}",
-            f"- (5) best combination, chosen on these test sets: {named(best)}"]
+    return [f"Phase 1, {folder}, trained on {source}: micro-F1, mean of the other languages' {split} sets\n",
+            f"- (3) mean over all combinations: {', '.join(f'{p} {s:.1f}' for p, s in poolings.items())}",
+            f"- (4) best single layer: {top(single)}; all layers: {top(everything)}" if single else
+            f"- (4) all layers: {top(everything)}",
+            f"- (5) best combination, chosen on these sets: {top(scores)}"]
 
 
-def correctness(folders, data, split, which, truth, batch_size):
-    """Whether each run is right on each row: (runs, rows, languages) 0 or 1. `which` epoch: last, or half of them.
+def correctness(folders, data, split, epoch, sets, batch_size):
+    """Whether each run is right on each row: (runs, rows, languages) 0 or 1.
 
-    truth: {language: the rows' classes}.
+    epoch: last, mean, or half of the last; sets: {language: Rows}.
     """
     right = []
     for folder in folders:
-        run, history = read_run(folder)
+        run, metrics = read_run(folder)
         if not run["complete"]:
             raise UserError(f"{folder} is not finished: give the same command again")
-        epoch = max(history) // 2 if which == "half" else max(history)
-        logits = run_logits(folder, run, dict.fromkeys(truth, epoch), data, split, None, batch_size)
-        right.append(np.stack([logits[language].argmax(1) == classes for language, classes in truth.items()], axis=1))
+        protocol = str(run["arguments"]["epochs"] // 2) if epoch == "half" else epoch
+        epochs = choose_epochs(metrics, protocol, sets, run["arguments"]["train_language"], folder)
+        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
+        right.append(np.stack([logits[language].argmax(1) == rows.labels for language, rows in sets.items()], axis=1))
     return np.stack(right).astype(float)
 
 
-def compare(a, b, clusters, english, resamples):
-    """Differences A - B of two (seeds, rows, languages) arrays, on English and on the mean of the other languages."""
-    difference = a - b                                                                      # the same seeds, paired
-    others = [i for i in range(a.shape[2]) if i != english]
-    both = np.stack([difference[:, :, english], difference[:, :, others].mean(2)], axis=2)  # (S, N, 2)
+def compare(a, b, clusters, source, resamples):
+    """Differences A - B of two (seeds, rows, languages) arrays, on the source language, whose place `source` is, and on
+    the mean of the others."""
+    difference = a - b                                                                     # the same seeds, paired
+    others = [i for i in range(a.shape[2]) if i != source]
+    both = np.stack([difference[:, :, source], difference[:, :, others].mean(2)], axis=2)  # (S, N, 2)
     mean, low, high, p = bootstrap_difference(both.mean(0), clusters, resamples)
     return {name: {"difference": mean[i], "low": low[i], "high": high[i], "p": p[i],
-                   "by_seed": both[:, :, i].mean(1).tolist()} for i, name in enumerate(("en", "others"))}
+                   "by_seed": both[:, :, i].mean(1).tolist()} for i, name in enumerate(("source", "others"))}
 
 
-def report(rows, data, model, seeds, split, count):
-    """claims.json's rows as Markdown; `count` languages beside English."""
+def report(found, what):
+    """claims.json's content as Markdown; `what`: a paragraph on what the systems are."""
     def interval(entry):
         return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
     lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
-              interval(row["en"]), row["verdict"]] for row in rows]
-    return (f"# The paper's conclusions on {data}\n\nModel {model}, {seeds} seeds, {split} set, "
-            f"{count} other languages. Differences of accuracy in points with the 95 % interval of the test rows "
-            "(clustered by premise); the verdict is on the other languages' mean. Better: supported when the interval "
-            "and every seed are above 0, not supported when all are below. No gain: supported when the interval is "
-            f"below {100 * MARGIN:g} point.\n\n"
-            + markdown_table(["", "conclusion", "compared", "other languages", "English", "verdict"], lines) + "\n")
+              interval(row["source"]), row["verdict"]] for row in found["conclusions"]]
+    return (f"# The paper's conclusions on {found['data']}\n\nModel {found['model']}, trained on "
+            f"{found['train_language']}, {found['seeds']} seed{'s' * (found['seeds'] > 1)}; {found['split']} set, "
+            f"{len(found['others'])} other languages: {' '.join(found['others'])}.\n\n{what}\n\n"
+            "Differences of accuracy in points with the 95 % interval of the rows (clustered by premise); the verdict is\n"
+            "on the other languages' mean. Supported: the interval and every seed are above 0; not supported: all are\n"
+            "below. Where A is to gain nothing (upper-layers, mc-bert-deep), supported: the interval is below "
+            f"{100 * MARGIN:g} point;\nnot supported: it and every seed are above 0. A control claims nothing: A is "
+            "better or worse by the same rule.\n\n"
+            + markdown_table(["", "conclusion", "A - B", "other languages", found["train_language"], "verdict"], lines)
+            + "\n")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, epilog="Flags not named here go to every train.py: --lr 5e-4, "
                                             "--max-train-rows 1000, ...")
-    parser.add_argument("--model", required=True, help="encoder with 12 blocks: hub name or folder")
-    parser.add_argument("--data", required=True, help="data set folder")
+    parser.add_argument("--model", required=True, help="encoder: hub name or folder")
+    parser.add_argument("--data", required=True, help="data set folder, its languages parallel")
     parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
     parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
     parser.add_argument("--controls", action="store_true",
-                        help="also freeze at other epochs, other layers, or none but slower; and pool random layers")
+                        help="also freeze at other epochs, or other layers; pool random layers; mix them")
+    parser.add_argument("--train-language", metavar="LANG",
+                        help="source language (default: en, or the only one there is)")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
     parser.add_argument("--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)")
     parser.add_argument("--epochs", type=in_range(int, 1), default=5,
                         help="passes over the train rows; twice as many for conclusion 1 (default: 5)")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
-    parser.add_argument("--pooling", choices=POOLINGS, default="max", help="(default: max)")
+    parser.add_argument("--pooling", choices=list(POOLINGS), default="max", help="(default: max)")
     parser.add_argument("--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)")
     parser.add_argument("--freeze-epoch", default="2", help="(default: 2)")
     parser.add_argument("--hidden", type=in_range(int, 1), default=256,
@@ -184,46 +204,61 @@ def parse_args(argv):
 
 def main(argv=None):
     args, more = parse_args(argv)
-    out = Path(args.out)
-    labels, languages = read_labels(args.data), paper_order(split_languages(args.data, args.split))
-    if "en" not in languages or len(languages) < 2:
-        raise UserError(f"{args.data}: {args.split} is needed in English and in another language, "
+    out, source = Path(args.out), train_language(args.data, args.train_language)
+    languages = paper_order(split_languages(args.data, args.split))
+    if source not in languages or len(languages) < 2:
+        raise UserError(f"{args.data}: {args.split} is needed in {source} and in another language, "
                         f"it is there in: {' '.join(languages)}")
-    sets = {language: read_split(args.data, args.split, language, labels) for language in languages}
-    check_rows(sets, args.data, args.split)
-    searched = phase_one(args.grid) if args.grid else []
-    everything = systems(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.hidden, args.epochs)
-    comparisons = CONCLUSIONS
-    if args.controls:
-        added = controls(args.layers, args.pooling, args.freeze_layers, args.freeze_epoch, args.epochs)
-        everything |= {name: flags for name, (flags, _, _) in added.items()}
-        comparisons = CONCLUSIONS + [("", f"control: {what}", (name, "last"), (other, "last"), "control")
-                                     for name, (_, what, other) in added.items()]
-    folders = {name: [out / "runs" / f"{name}-seed{seed}" for seed in range(args.seeds)] for name in everything}
+    sets = read_sets(args.data, [(args.split, language) for language in languages], read_labels(args.data))
+    sets = {language: rows for (_, language), rows in sets.items()}
+    if not parallel(sets):
+        raise UserError(f"{args.data}: the {args.split} rows of {' '.join(languages)} are no translations of each "
+                        "other, and the verdicts are on the languages' mean, row by row (evaluate.py compares systems "
+                        "language by language)")
+    searched = phase_one(args.grid, args.split) if args.grid else []
+    top = len(blocks(load_encoder(args.model)[0]))
+    check_layers(args.layers, top, "--layers")
+    check_layers(args.freeze_layers, top, "--freeze-layers")
+    recipe = top, args.layers, args.pooling, args.freeze_layers, args.freeze_epoch
+    comparisons, folders = list(CONCLUSIONS), {}
     for seed in range(args.seeds):
-        for name, flags in everything.items():
+        runs = systems(*recipe, args.hidden, args.epochs)
+        if args.controls:
+            added = controls(*recipe, args.epochs, seed)
+            runs |= {name: flags for name, (flags, _, _) in added.items()}
+        for name, flags in runs.items():
+            folders.setdefault(name, []).append(out / "runs" / f"{name}-seed{seed}")
             print(f"\n== {name}, seed {seed} ==")
             status = train.main([str(flag) for flag in (
-                "--model", args.model, "--data", args.data, "--out", folders[name][seed], "--seed", seed,
-                "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
+                "--model", args.model, "--data", args.data, "--out", folders[name][-1], "--seed", seed,
+                "--train-language", source, "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
             if status:  # stopped by a signal
                 return status
-    clusters = premise_clusters(sets["en"])
-    truth, right, rows = {language: part.labels for language, part in sets.items()}, {}, []
+    if args.controls:
+        comparisons += [("", f"control: {what}", name, other, "control") for name, (_, what, other) in added.items()]
+    clusters, right, rows = premise_clusters(sets[source]), {}, []
     for number, claim, a, b, way in comparisons:
-        for name, which in (a, b):
-            if (name, which) not in right:
-                right[name, which] = correctness(folders[name], args.data, args.split, which, truth, args.batch_size)
-        found = compare(right[a], right[b], clusters, languages.index("en"), args.resamples)
-        others = found["others"]
-        said = verdict(others["low"], others["high"], others["by_seed"], way)
-        rows.append({"number": number, "claim": claim, "a": f"{a[0]}{'@half' * (a[1] == 'half')}", "b": b[0], **found,
+        for name in (a, b):
+            if name not in right:
+                system, _, epoch = name.partition("@")
+                right[name] = correctness(folders[system], args.data, args.split, epoch or "last", sets,
+                                          args.batch_size)
+        found = compare(right[a], right[b], clusters, languages.index(source), args.resamples)
+        said = verdict(found["others"]["low"], found["others"]["high"], found["others"]["by_seed"], way)
+        rows.append({"number": number, "claim": claim, "a": a, "b": b, **found,
                      "verdict": WORDS[said] if way == "control" else said})
-    text = report(rows, args.data, args.model, args.seeds, args.split, len(languages) - 1)
-    if searched:
-        text += "\nPhase 1, micro-F1 on the non-English test sets:\n\n" + "\n".join(searched) + "\n"
-    write_json(out / "claims.json", {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
-                                     "conclusions": rows})
+    result = {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
+              "train_language": source, "others": [language for language in languages if language != source],
+              "conclusions": rows}
+    text = report(result, f"""\
+- baseline: BERT's own [CLS] head; last-layer, middle-layer, upper-layers: {args.pooling} pooling of layer {top}, \
+{runs["middle-layer"][1]}, {runs["upper-layers"][1]} to {top}
+- mc-bert: {args.pooling} pooling of layers {' '.join(map(str, args.layers))}, {args.epochs} epochs; -long: \
+{2 * args.epochs} epochs at a constant rate; -deep: a hidden layer of {args.hidden}
+- mc-bert-wf: layers {' '.join(map(str, args.freeze_layers))} frozen after {args.freeze_epoch} epochs
+- A run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after each""")
+    text += "\n" + "\n".join(searched) + "\n" if searched else ""
+    write_json(out / "claims.json", result)
     with write_atomic(out / "claims.md") as file:
         file.write(text)
     print(f"\n{text}\nwritten to {out}/claims.md")

@@ -1,5 +1,6 @@
 """bench.py: what it counts, and that it runs; what it measures is for a quiet machine. Needs requirements-bench.txt."""
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from transformers import BertConfig, BertModel
 
 pytest.importorskip("sentence_transformers", reason="requirements-bench.txt is not installed")
 pytest.importorskip("accelerate", reason="requirements-bench.txt is not installed")
-import bench
+import train
+from data import Rows
+from experiments import bench
 
 
 def test_operations_are_those_that_torch_counts():
@@ -22,18 +25,32 @@ def test_operations_are_those_that_torch_counts():
     assert bench.operations(config, np.full(4, 11)) == counter.get_total_flops()
 
 
+def test_training_is_timed_by_its_steps_alone(model_folder, monkeypatch):
+    """Five steps an epoch that take 20 ms more each; evaluation and the mean's model that take a second more do not count."""
+    evaluate, rate = train.evaluate, train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *args: time.sleep(0.02) or rate(*args))
+    monkeypatch.setattr(train, "evaluate", lambda *args: time.sleep(1) or evaluate(*args))
+    rows = Rows(["my money"] * 33, ["order now"] * 33, [i % 3 for i in range(33)])
+    seconds, memory = bench.our_training(model_folder, rows, 8, "fp32", 3, "--head", "pooler", "--freeze-layers", 0,
+                                         "--freeze-epoch", 1, "--max-length", 32)
+    assert len(seconds) == 3 and 5 * 0.02 < min(seconds) < 1 and memory > 0
+
+
 def test_it_runs_and_writes_every_part(tmp_path, script, monkeypatch):
     monkeypatch.setattr(bench.product_rate, "__defaults__", (128, 2))  # small products
     data = tmp_path / "data"
     data.mkdir()
-    (data / "labels.txt").write_text("entailment\nneutral\ncontradiction\n")
-    rows = [f"my money {'please ' * (i % 7)}\torder now\t{['entailment', 'neutral', 'contradiction'][i % 3]}\n" for i in range(40)]
+    labels = ["entailment", "neutral", "contradiction"]
+    (data / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    rows = [f"my money {'please ' * (i % 7)}\torder now\t{labels[i % 3]}\n" for i in range(40)]
     (data / "train.en.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(rows))
     model = make_model(tmp_path / "model", blocks=8, max_position_embeddings=130)
-    status, out, error = script("bench", "--model", model, "--data", data, "--out", tmp_path / "out", "--rows", 33, "--batch-size", 8,
-                                "--search-rows", 60, "--token-rows", 100, "--repeats", 1, "--precision", "fp32")
+    status, out, error = script("experiments.bench", "--model", model, "--data", data, "--out", tmp_path / "out",
+                                "--rows", 33, "--batch-size", 8, "--search-rows", 60, "--token-rows", 100, "--repeats", 1,
+                                "--precision", "fp32")
     assert status == 0, error
     found = json.loads((tmp_path / "out/bench.json").read_text())
     assert {row["goal"] for row in found["rows"]} == {"9", "3.5", "0.65", "20", "1", "6", "1.25", "0.5", "1.6", ""}
     assert all(row["ratio"] > 0 for row in found["rows"]) and out.count("(goal") == len(found["rows"])
-    assert sum("--freeze-cache" in row["work"] for row in found["rows"]) == 2
+    assert [row["work"] for row in found["rows"] if "frozen" in row["work"]] == [
+        "embeddings and lowest 4 frozen", "embeddings and lowest 4 frozen, MC-BERT"]
