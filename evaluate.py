@@ -43,7 +43,8 @@ PUBLISHED = {  # the same sets elsewhere, zero-shot
 PROTOCOLS = {  # {table} stands for the source language
     "last": "the last epoch", "mean": "the mean of the weights after each epoch",
     "en": "best on the source language's own dev set ({source}), true zero-shot",
-    "joint": "best on the mean of the other languages' dev sets", "oracle": "each language at the best on its own dev set",
+    "joint": "best on the mean of the other languages' dev sets",
+    "oracle": "each language at the best on its own dev set",
     "test": "best on the mean of the other languages' test sets, as the paper did: too high by the choice"}
 
 
@@ -86,7 +87,8 @@ def choose_epochs(metrics, protocol, languages, source, folder):
     if missing := set(needed.values()) - set(best):
         there = dict.fromkeys(row["language"] for row in metrics if row["split"] == split)
         raise UserError(f"--epoch {protocol}: {folder} was evaluated on {split} in {' '.join(there) or 'no language'} "
-                        f"alone ({' '.join(sorted(missing))} is missing)" + " (train.py --track-test)" * (split == "test"))
+                        f"alone ({' '.join(sorted(missing))} is missing)"
+                        + " (train.py --track-test)" * (split == "test"))
     return {language: best[name] for language, name in needed.items()}
 
 
@@ -201,7 +203,8 @@ def holm(p_values):
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty_like(p_values)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * (len(p_values) - np.arange(len(p_values)))))
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    corrected[order] = np.minimum(1, stepped)
     return corrected
 
 
@@ -261,20 +264,6 @@ def is_xnli(data):
     return path.exists() and any("XNLI" in str(source) for source in read_json(path, "data.py", {}).values())
 
 
-def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, batch_size):
-    """One run in some languages: what results.json says of it, and whether it is right on each row under the first of
-    the protocols, {language: (N,) bool}. sets: {language: Rows}."""
-    source, found, shown = run["arguments"]["train_language"], {}, None
-    for name in protocols:
-        epochs = choose_epochs(metrics, name, languages, source, folder)
-        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-        right = {language: values.argmax(1) == sets[language].labels for language, values in logits.items()}
-        found[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in right.items()}}
-        shown = right if shown is None else shown
-    return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": source, **found[protocols[0]],
-            "protocols": found}, shown
-
-
 def check_run(folder, run, labels, rows, name):
     """UserError unless a run has these labels and reads what Rows hold, pairs or single texts."""
     if run["labels"] != labels:
@@ -284,22 +273,33 @@ def check_run(folder, run, labels, rows, name):
         raise UserError(f"{name} holds {kind(not run['pairs'])}, {folder} was trained on {kind(run['pairs'])}")
 
 
-def average(dicts):
-    """Mean and standard deviation by language of runs' {language: accuracy}, each over those that have it."""
-    values = {}
-    for scores in dicts:
-        for language, accuracy in scores.items():
-            values.setdefault(language, []).append(accuracy)
-    return ({language: float(np.mean(v)) for language, v in values.items()},
-            {language: float(spread(v)) for language, v in values.items()})
+def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, batch_size):
+    """One run in some languages: what results.json says of it, and whether it is right on each row under the first of
+    the protocols, {language: (N,) bool}. sets: {language: Rows}."""
+    source, found, rights = run["arguments"]["train_language"], {}, []
+    for name in protocols:
+        epochs = choose_epochs(metrics, name, languages, source, folder)
+        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
+        rights.append({language: values.argmax(1) == sets[language].labels for language, values in logits.items()})
+        found[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in rights[-1].items()}}
+    return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": source, **found[protocols[0]],
+            "protocols": found}, rights[0]
 
 
-def chance_warnings(score, sets):
-    """A sentence for each language in which a run is near the share of the largest class."""
-    for language, accuracy in score["accuracy"].items():
+def average(scores, languages, of=np.mean):
+    """By language, the mean (or another function) of runs' {language: accuracy}, over those that have it."""
+    return {language: float(of([score[language] for score in scores if language in score]))
+            for language in languages if any(language in score for score in scores)}
+
+
+def run_warnings(folder, run, metrics, accuracy, sets):
+    """A sentence for a run that is not finished, and for each language in which it is near the largest class."""
+    if not run["complete"]:
+        yield f"{folder} is not finished: its last epoch so far is {max(row['epoch'] for row in metrics)}"
+    for language, value in accuracy.items():
         chance = np.bincount(sets[language].labels).max() / len(sets[language].labels)
-        if accuracy < chance + 0.02:
-            yield (f"{score['run']} has {100 * accuracy:.1f} in {language}, within 2 points of chance "
+        if value < chance + 0.02:
+            yield (f"{folder} has {100 * value:.1f} in {language}, within 2 points of chance "
                    f"({100 * chance:.1f}, the largest class): it learned nothing that carries over")
 
 
@@ -308,110 +308,117 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
 
     `translate`: further runs that make one system, each counting in its own source language alone.
     """
-    labels = read_labels(data)
-    everything = [read_run(folder) for folder in [*folders, *translate]]
-    sources = list(dict.fromkeys(run["arguments"]["train_language"] for run, _ in everything[:len(folders)]))
-    languages = paper_order(split_languages(data, split))
+    labels, languages = read_labels(data), paper_order(split_languages(data, split))
     if not languages:
         raise UserError(f"{data} has no {split} file")
     sets = read_sets(data, [(split, language) for language in languages], labels)
-    for folder, (run, _) in zip([*folders, *translate], everything):
-        check_run(folder, run, labels, next(iter(sets.values())), data)
     sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
-    groups = group_runs(folders, [run for run, _ in everything[:len(folders)]])
-    groups |= {"Translate-Train": range(len(folders), len(everything))} if translate else {}
-    baseline = next(iter(groups)) if baseline is None else baseline
+    count, folders = len(folders), [*folders, *translate]
+    runs, metrics = zip(*map(read_run, folders))
+    sources = [run["arguments"]["train_language"] for run in runs]
+    for folder, run in zip(folders, runs):
+        check_run(folder, run, labels, sets[languages[0]], data)
+    for folder, source in zip(translate, sources[count:]):
+        if source not in languages:
+            raise UserError(f"--translate-train {folder}: {data} has no {split} file in its language, {source}")
+    groups = group_runs(folders[:count], runs[:count])
+    groups |= {"Translate-Train": range(count, len(folders))} if translate else {}
+    baseline = baseline or next(iter(groups))
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
-    for folder, (run, _) in zip(translate, everything[len(folders):]):
-        if run["arguments"]["train_language"] not in languages:
-            raise UserError(f"--translate-train {folder}: {data} has no {split} file in its language, "
-                            f"{run['arguments']['train_language']}")
-    scores, right = [], []
-    for i, (folder, (run, metrics)) in enumerate(zip([*folders, *translate], everything)):
-        own = [language for language in languages if language == run["arguments"]["train_language"]]
-        score, correct = evaluate_run(folder, run, metrics, languages if i < len(folders) else own, sets, data, split,
-                                      protocols, batch_size)
-        scores.append(score)
-        right.append(correct)
-    warnings = [f"{folder} is not finished: its last epoch so far is {max(row['epoch'] for row in metrics)}"
-                for folder, (run, metrics) in zip([*folders, *translate], everything) if not run["complete"]]
-    warnings += [warning for score in scores for warning in chance_warnings(score, sets)]
+
+    scores, right = zip(*(evaluate_run(folder, run, rows, languages if i < count else [source], sets, data, split,
+                                       protocols, batch_size)
+                          for i, (folder, run, rows, source) in enumerate(zip(folders, runs, metrics, sources))))
     systems = []
     for name, members in groups.items():
-        mean, std = average(scores[i]["accuracy"] for i in members)
-        systems.append({"name": name, "train_language": scores[members[0]]["train_language"] if name != "Translate-Train"
-                        else None, "runs": [scores[i] for i in members], "mean": mean, "std": std,
-                        "protocols": {p: average(scores[i]["protocols"][p]["accuracy"] for i in members)[0]
+        shown = [scores[i]["accuracy"] for i in members]
+        systems.append({"name": name, "train_language": sources[members[0]] if members[0] < count else None,
+                        "runs": [scores[i] for i in members], "mean": average(shown, languages),
+                        "std": average(shown, languages, spread),
+                        "protocols": {p: average([scores[i]["protocols"][p]["accuracy"] for i in members], languages)
                                       for p in protocols}})
         if name != baseline:
             systems[-1]["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]],
-                                                   sets, sources, resamples)
+                                                   sets, sources[:count], resamples)
     return {"data": str(data), "split": split, "epoch": protocols[0],
-            "rows": {language: len(rows.labels) for language, rows in sets.items()},
-            "parallel": parallel(sets), "baseline": baseline, "resamples": resamples, "systems": systems, "warnings": warnings}
+            "rows": {language: len(rows.labels) for language, rows in sets.items()}, "parallel": parallel(sets),
+            "baseline": baseline, "resamples": resamples, "systems": systems,
+            "warnings": [sentence for folder, run, rows, score in zip(folders, runs, metrics, scores)
+                         for sentence in run_warnings(folder, run, rows, score["accuracy"], sets)]}
 
 
 def report(results):
-    """results.json's content as Markdown, in percent."""
-    languages, systems = list(results["rows"]), results["systems"]
-    compared = [l for l in languages if l in PAPER_LANGUAGES or "paper" not in results]
-    sources = list(dict.fromkeys(system["train_language"] or "each language" for system in systems))
-    source = " ".join(sources) if len(sources) == 1 else "of each system"
-
-    def row(name, scores, deviation=None):
-        shown = [f"{100 * scores[l]:.1f}" + (f" ±{100 * deviation[l]:.1f}" if deviation else "") if l in scores else ""
-                 for l in languages]
-        whole = set(compared) <= set(scores)
-        return [name, *shown, f"{100 * np.mean([scores[l] for l in compared]):.1f}" if whole else ""]
-
-    def mean_of(system, protocol, own):
-        there = [value for language, value in system["protocols"][protocol].items()
-                 if (system["train_language"] in (language, None)) == own]
-        return f"{100 * np.mean(there):.1f}" if there else ""
-
-    rows = [row(f"{origin}: {name}", results[origin][name])
-            for origin in ("paper", "published") for name in results.get(origin, {})]
-    several = any(len({run["seed"] for run in system["runs"]}) > 1 for system in systems)
-    for system in systems:
-        seeds = len({run["seed"] for run in system["runs"]})
-        rows.append(row(system["name"] + f" (from {system['train_language'] or 'each language'})" * (len(sources) > 1)
-                        + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
-    counts = [f"{min(results['rows'].values()):,} rows a language"] if len(set(results["rows"].values())) == 1 else \
-        ["rows: " + ", ".join(f"{language} {count:,}" for language, count in results["rows"].items())]
-    told = "; ± is the standard deviation over seeds" * several
-    epoch = PROTOCOLS.get(results["epoch"], f"number {results['epoch']}").format(source=source)
-    mean = "mean" if compared == languages else f"mean of {' '.join(compared)}"
-    text = (f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; trained on {', '.join(sources)}; "
-            f"epoch: {results['epoch']} ({epoch}){told}; {counts[0]}.\n\n"
-            + markdown_table(["system", *languages, mean], rows) + "\n")
-    protocols = list(systems[0]["protocols"])
-    if len(protocols) > 1:
+    """results.json's content as Markdown, in percent: accuracies, protocols where there are several, differences."""
+    systems, rows = results["systems"], results["rows"]
+    trained = list(dict.fromkeys(system["train_language"] or "each language" for system in systems))
+    source = trained[0] if len(trained) == 1 else "of each system"
+    meaning = {p: PROTOCOLS.get(p, f"number {p}").format(source=source) for p in systems[0]["protocols"]}
+    counts = f"{min(rows.values()):,} rows a language" if len(set(rows.values())) == 1 else \
+        "rows: " + ", ".join(f"{language} {count:,}" for language, count in rows.items())
+    seeds = any(len({run["seed"] for run in system["runs"]}) > 1 for system in systems)
+    text = (f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; trained on {', '.join(trained)}; "
+            f"epoch: {results['epoch']} ({meaning[results['epoch']]})"
+            f"{'; ± is the standard deviation over seeds' * seeds}; {counts}.\n\n{accuracy_table(results)}\n")
+    if len(meaning) > 1:
         text += ("\nThe same runs at the epoch that each protocol chooses, source language / mean of the others.\n"
-                 + ";\n".join(f"`{p}`: {PROTOCOLS.get(p, 'that epoch').format(source=source)}" for p in protocols)
-                 + ".\n\n" + markdown_table(["system", *protocols], [
-                     [system["name"], *(f"{mean_of(system, p, True)} / {mean_of(system, p, False)}" for p in protocols)]
-                     for system in systems]) + "\n")
-    compared_systems = [system for system in systems if system.get("difference")]
-    if compared_systems:
-        columns = [l for l in [*languages, "others"] if any(l in system["difference"] for system in compared_systems)]
+                 + ";\n".join(f"`{p}`: {what}" for p, what in meaning.items())
+                 + f".\n\n{protocol_table(systems, meaning)}\n")
+    if any(system.get("difference") for system in systems):
         text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the "
                  f"rows, clustered by premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction "
-                 "over the languages; " + ("`others`: mean of the languages that are not the source, not corrected.\n\n"
+                 "over the languages; " + ("`others`: mean of the languages that are not the source, not corrected."
                                            if results["parallel"] else
-                                           "the languages' rows are no translations: no mean over them.\n\n"))
-        text += markdown_table(["system", *columns], [
-            [system["name"], *(shown_difference(system["difference"].get(l)) for l in columns)]
-            for system in compared_systems]) + "\n"
+                                           "the languages' rows are no translations: no mean over them.")
+                 + f"\n\n{difference_table(systems, [*rows, 'others'])}\n")
     return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
 
 
-def shown_difference(entry):
-    """One cell of the table of differences: points, interval, a star when it is significant."""
-    if entry is None:
-        return ""
-    return (f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
-            + "*" * (entry.get("p_holm", entry["p"]) < 0.05))
+def accuracy_table(results):
+    """A row for each system, the paper's first where they are there, and then the mean is over its languages."""
+    languages, systems = list(results["rows"]), results["systems"]
+    averaged = [language for language in languages if language in PAPER_LANGUAGES or "paper" not in results]
+    several = len({system["train_language"] for system in systems}) > 1
+
+    def row(name, scores, deviation=None):
+        cells = [f"{100 * scores[l]:.1f}" + (f" ±{100 * deviation[l]:.1f}" if deviation else "") if l in scores else ""
+                 for l in languages]
+        whole = set(averaged) <= set(scores)
+        return [name, *cells, f"{100 * np.mean([scores[l] for l in averaged]):.1f}" if whole else ""]
+
+    rows = [row(f"{origin}: {name}", scores) for origin in ("paper", "published")
+            for name, scores in results.get(origin, {}).items()]
+    for system in systems:
+        seeds = len({run["seed"] for run in system["runs"]})
+        rows.append(row(system["name"] + f" (from {system['train_language'] or 'each language'})" * several
+                        + f" ({seeds} seeds)" * (seeds > 1), system["mean"], system["std"] if seeds > 1 else None))
+    mean = "mean" if averaged == languages else f"mean of {' '.join(averaged)}"
+    return markdown_table(["system", *languages, mean], rows)
+
+
+def protocol_table(systems, protocols):
+    """For each system and protocol: accuracy in its source language / mean over the others."""
+    def means(scores, source):
+        groups = [[value for language, value in scores.items() if (source in (language, None)) == own]
+                  for own in (True, False)]
+        return " / ".join(f"{100 * np.mean(group):.1f}" if group else "" for group in groups)
+
+    return markdown_table(["system", *protocols], [
+        [system["name"], *(means(system["protocols"][p], system["train_language"]) for p in protocols)]
+        for system in systems])
+
+
+def difference_table(systems, columns):
+    """Points, interval and a star where it is significant, for each system that is compared."""
+    found = {system["name"]: system["difference"] for system in systems if system.get("difference")}
+    columns = [column for column in columns if any(column in entries for entries in found.values())]
+
+    def cell(entry):
+        return entry and (f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+                          + "*" * (entry.get("p_holm", entry["p"]) < 0.05))
+
+    return markdown_table(["system", *columns], [
+        [name, *(cell(entries.get(column)) or "" for column in columns)] for name, entries in found.items()])
 
 
 # --- a user's own text -------------------------------------------------------------------------------------------
@@ -430,9 +437,9 @@ def label_input(folder, protocol, source, target, batch_size):
     columns |= {f"p_{label}": [f"{p:.6f}" for p in column] for label, column in zip(labels, probabilities.T)}
     write_table(target, columns)
     known = np.array(rows.labels or [-1]) >= 0
-    print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
-          + (f"; accuracy {100 * (logits.argmax(1) == rows.labels)[known].mean():.1f} on the {known.sum():,} whose label "
-             "is known" if known.any() else ""))
+    accuracy = (logits.argmax(1) == rows.labels)[known].mean() if known.any() else None
+    print(f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}" + (
+        f"; accuracy {100 * accuracy:.1f} on the {known.sum():,} whose label is known" if known.any() else ""))
 
 
 def parse_args(argv):
@@ -441,11 +448,11 @@ def parse_args(argv):
     parser.add_argument("runs", nargs="*",
                         help="run folders of train.py; those that differ only in --seed are averaged")
     parser.add_argument("--epoch", nargs="+", default=["last"], metavar="last|mean|en|joint|oracle|test|K",
-                        help="epochs to report, the first in the table: the last (default); the mean of the weights after "
-                             "each; the best on the source language's dev (en, true zero-shot), on the mean of the other "
-                             "languages' dev (joint), for each language on its own dev (oracle); on the mean of the other "
-                             "languages' test sets (test: the paper's own way; its accuracies are too high by the "
-                             "choice; needs train.py --track-test); or a number")
+                        help="epochs to report, the first in the table: the last (default); the mean of the weights "
+                             "after each; the best on the source language's dev (en, true zero-shot), on the mean of "
+                             "the other languages' dev (joint), for each language on its own dev (oracle), on the mean of "
+                             "the other languages' test sets (test: the paper's own way, too high by the choice; needs "
+                             "train.py --track-test); or a number")
     parser.add_argument("--batch-size", type=in_range(int, 1), default=64,
                         help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
@@ -462,7 +469,7 @@ def parse_args(argv):
                        help="of the bootstrap (default: 10000)")
     group = parser.add_argument_group("your own text, with one run")
     group.add_argument("--input", metavar="TSV",
-                       help="file with a header: text, or text_a and text_b; label where it is known; any other columns")
+                       help="file with a header: text, or text_a and text_b; label where known; any other columns")
     group.add_argument("--predictions", metavar="TSV",
                        help="file to write: the input with predictions and probabilities")
     args = parser.parse_args(argv)
