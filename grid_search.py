@@ -405,13 +405,14 @@ def load_part(path, shape):
     return confusion, seconds
 
 
-def search(jobs, out, load, source, files, classes, *, scale, precision, progress, **settings):
+def search(jobs, out, load, source, files, classes, *, scale, precision, bar, **settings):
     """Train what `jobs`, {(pooling, lr): [seed, ...]}, names, and keep each pooling, rate and seed as a part.
 
     load: load_features() of (pooling, stem). Returns the places of layers without spread, {pooling: [l, ...]}.
     """
     same = {}
     for (pooling, lr), seeds in jobs.items():
+        bar.set_description(f"{pooling}, lr {lr:g}")
         start, mean, divisor = time.perf_counter(), 0, 1
         features, labels = load(pooling, f"train.{source}")
         if scale == "layer":
@@ -419,7 +420,7 @@ def search(jobs, out, load, source, files, classes, *, scale, precision, progres
             if places := divisor.isinf().flatten().nonzero().flatten().tolist():
                 same[pooling] = places
         features = ((features - mean) / divisor).to(precision)
-        weights = train_models(features, labels, classes, seeds, lr=lr, progress=progress, **settings)
+        weights = train_models(features, labels, classes, seeds, lr=lr, progress=bar.update, **settings)
         tables = []
         for stem in files:
             features, labels = load(pooling, stem)
@@ -523,14 +524,14 @@ def main(argv=None):
         steps = -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // args.batch_size) * args.epochs * len(mine)
         with out_of_memory("name fewer --layers, or --seeds at a time"), \
                 progress_bar(total=steps, unit="step", disable=rank > 0) as bar:
-            same = search(mine, out, load, source, files, classes, scale=args.scale, precision=precision,
-                          progress=bar.update, **settings)
-        for pooling, places in same.items():
-            print(f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
-                  "left at zero")
+            same = search(mine, out, load, source, files, classes, scale=args.scale, precision=precision, bar=bar,
+                          **settings)
         agree()  # all parts are there
         if rank > 0:
             return 0
+        for pooling, places in same.items():
+            print(f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
+                  "left at zero")
         shape = len(files), len(combinations), classes, classes
         parts = [[load_part(part_path(out, *group, seed), shape) for seed in seeds] for group in groups]
         confusion = np.moveaxis([[part[0] for part in row] for row in parts], 3, 1)             # (P * R, M, S, F, C, C)
