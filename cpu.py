@@ -56,8 +56,11 @@ class Dropout(nn.Dropout):
 def attention(module, query, key, value, mask, scaling, dropout=0.0, **_):
     """transformers' eager attention with drop(), in the products' precision throughout.
 
-    query, key, value: (B, heads, T, D / heads); mask: (B, 1, T, T), added to the scores, or None.
+    query, key, value: (B, heads, T, D / heads), fewer heads of the latter two where some share; mask: (B, 1, T, T),
+    added to the scores, or None.
     """
+    if (shared := query.shape[1] // key.shape[1]) > 1:  # heads that share their keys and values
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     with torch.autocast("cpu", enabled=False):  # softmax sums in float32 whatever it is given
         scores = (query * scaling) @ key.transpose(2, 3)
         weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
