@@ -450,9 +450,9 @@ def parse_args(argv):
     parser.add_argument("--epoch", nargs="+", default=["last"], metavar="last|mean|en|joint|oracle|test|K",
                         help="epochs to report, the first in the table: the last (default); the mean of the weights "
                              "after each; the best on the source language's dev (en, true zero-shot), on the mean of "
-                             "the other languages' dev (joint), for each language on its own dev (oracle), on the mean of "
-                             "the other languages' test sets (test: the paper's own way, too high by the choice; needs "
-                             "train.py --track-test); or a number")
+                             "the other languages' dev (joint), for each language on its own dev (oracle), on the mean "
+                             "of the other languages' test sets (test: the paper's own way, too high by the choice; "
+                             "needs train.py --track-test); or a number")
     parser.add_argument("--batch-size", type=in_range(int, 1), default=64,
                         help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)")
     group = parser.add_argument_group("a table")
