@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def fit(args, model, tokenizer, train_set, sets, readers, out, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics, totals, mean = load_state(out, model, optimizer, scaler)
     trained, frozen, model = distributed(model), [], model.train()
-    with Stop() as stop, Log(out, step, steps) as log:
+    with Stop() as stop, closing(Log(out, step, steps)) as log:
         for epoch in range(step // per_epoch, args.epochs):
             for rows in train_batches(train_set.lengths, args.batch_size, args.seed, epoch)[step - epoch * per_epoch:]:
                 if not frozen and freezing_is_due(args.freeze_epoch, epoch, metrics, args.train_language):
@@ -218,25 +218,24 @@ def save_state(out, model, optimizer, scaler, **more):
 
 
 def load_state(out, model, optimizer, scaler):
-    """Steps done, rows of metrics, totals (loss, right answers and rows since the last evaluation) and the mean of the
-    weights, of OUT/resume/state.pt, or those to begin with. UserError when it is cut short or broken."""
+    """Steps done, rows of metrics, totals (loss, right answers and rows since the last evaluation; the first process
+    has those of all) and the mean of the weights, of OUT/resume/state.pt, or those to begin with. UserError when it is
+    cut short or broken."""
     path, device = out / "resume" / "state.pt", next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
     if not path.exists():
-        return 0, [], totals, {}
+        return 0, [], torch.zeros(3, dtype=torch.float64, device=device), {}
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        found = saved["step"], saved["metrics"], saved["totals"].to(device), saved["mean"]
+        totals = saved["totals"].to(device) * (start_processes()[0] == 0)
     except Exception as error:
         raise UserError(f"{path} is damaged or cut short ({type(error).__name__}): there is no going on from it; "
                         "--overwrite starts anew") from None
     if start_processes()[0] == 0:
-        print(f"going on after step {found[0]}")
-        return found
-    return *found[:2], totals, {}  # the first process has all totals
+        print(f"going on after step {saved['step']}")
+    return saved["step"], saved["metrics"], totals, saved["mean"]
 
 
 def update_mean(mean, model, count):
@@ -262,8 +261,8 @@ def check_saved(tokenizer, folder):
     saved, text = load_tokenizer(folder), "".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)[:2000])
     for part in (text, text.upper(), " ".join(text)):
         if saved(part)["input_ids"] != tokenizer(part)["input_ids"]:
-            raise UserError(f"{folder}: the tokenizer, saved and loaded again, gives other token ids: save it with this "
-                            f"version of transformers ({versions()['transformers']}) first")
+            raise UserError(f"{folder}: the tokenizer, saved and loaded again, gives other token ids: save it with "
+                            f"this version of transformers ({versions()['transformers']}) first")
 
 
 class Stop:
@@ -298,17 +297,13 @@ class Log:
     """What the first process shows of a run: the progress bar, lines on the screen, TensorBoard, metrics.jsonl."""
 
     def __init__(self, out, step, steps):
-        self.first, self.out = start_processes()[0] == 0, out
-        self.writer = SummaryWriter(out, purge_step=step + 1) if self.first else None
-        self.bar = progress_bar(total=steps, initial=step, unit="step", disable=not self.first, smoothing=0.05)
+        self.out, self.writer = out, SummaryWriter(out, purge_step=step + 1) if start_processes()[0] == 0 else None
+        self.bar = progress_bar(total=steps, initial=step, unit="step", disable=not self.writer, smoothing=0.05)
         self.restart(step)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.bar.close()
-        if self.first:
+        if self.writer:
             self.writer.close()
 
     def restart(self, step):
@@ -316,68 +311,66 @@ class Log:
         self.since, self.clock = step, time.perf_counter()
 
     def say(self, sentence):
-        if self.first:
+        if self.writer:
             tqdm.write(sentence)
+
+    def scalars(self, step, values):
+        for tag, value in values.items() if self.writer else ():
+            self.writer.add_scalar(tag, value, step)
 
     def train(self, step, loss, accuracy, rate, batch_size):
         """How training goes; returns its examples a second."""
         speed = (step - self.since) * batch_size / (time.perf_counter() - self.clock)
-        self.bar.set_postfix_str(f"{speed:.0f} examples/s, loss {loss:.3f}, accuracy {100 * accuracy:.1f}, lr {rate:.1e}",
-                                 refresh=False)
-        for tag, value in (("train/loss", loss), ("train/accuracy", accuracy), ("lr", rate),
-                           ("examples per second", speed)):
-            if self.first:
-                self.writer.add_scalar(tag, value, step)
+        self.scalars(step, {"train/loss": loss, "train/accuracy": accuracy, "lr": rate, "examples per second": speed})
+        self.bar.set_postfix_str(f"{speed:.0f} examples/s, loss {loss:.3f}, accuracy {100 * accuracy:.1f}, "
+                                 f"lr {rate:.1e}", refresh=False)
         return speed
 
     def evaluation(self, rows, metrics):
         """An evaluation's rows, in all places; `metrics` are the rows so far, these too."""
-        if not self.first:
+        if not self.writer:
             return
         step, frozen, shown = rows[0]["step"], rows[0]["frozen_layers"], {}
         for row in rows:
-            name = f"{row['split']}/{row['language']}"
             shown.setdefault(row["split"], []).append(f"{row['language']} {100 * row['accuracy']:.1f}".strip())
-            if row["split"] != "train":
-                self.writer.add_scalar(f"accuracy/{name}", row["accuracy"], step)
-                self.writer.add_scalar(f"loss/{name}", row["loss"], step)
-        with write_atomic(self.out / "metrics.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in metrics)
-        self.writer.add_scalar("frozen layers", len(frozen), step)
+            self.scalars(step, {f"{kind}/{row['split']}/{row['language']}": row[kind] for kind in ("accuracy", "loss")
+                                if row["split"] != "train"})
+        self.scalars(step, {"frozen layers": len(frozen)})
         self.writer.add_text("frozen layers", " ".join(map(str, frozen)) or "none", step)
         self.writer.flush()
-        tqdm.write(f"epoch {rows[0]['epoch']:.4g}  " + "  ".join(f"{split}: {' '.join(values)}" for split, values in
-                                                              shown.items()))
+        with write_atomic(self.out / "metrics.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in metrics)
+        shown = "  ".join(f"{split}: {' '.join(accuracies)}" for split, accuracies in shown.items())
+        self.say(f"epoch {rows[0]['epoch']:.4g}  {shown}")
 
 
 # --- setting up --------------------------------------------------------------------------------------------------
 
-def build(name, labels, head, layers, pooling, combine, dropout, encoder_dropout, hidden, seed, pairs):
+def build(args, labels, pairs):
     """The model to train, how many blocks its encoder had, parameter_layers(), and a line on what it is made of."""
-    torch.manual_seed(seed)  # the first weights of whatever the file does not hold
-    encoder, pretrained_pooler = load_encoder(name)
+    torch.manual_seed(args.seed)  # the first weights of whatever the file does not hold
+    encoder, pretrained_pooler = load_encoder(args.model)
     count = top = len(blocks(encoder))
-    if head == "pooler":
-        note = "BERT's own head on the pretrained pooler" if pretrained_pooler else \
-               "BERT's own head; the model has no pretrained pooler, it starts at random"
-        readers = parameter_layers(encoder, top)
+    if args.head == "pooler":
+        note = "BERT's own head" + (" on the pretrained pooler" if pretrained_pooler else
+                                    "; the model has no pretrained pooler, it starts at random")
     else:
-        check_layers(layers, count, "--layers")
+        check_layers(args.layers, count, "--layers")
         drop_pooler(encoder)
-        top = max(layers)
-        cut_after(encoder, top)
-        cut = f", the {count - top} above cut off" if top < count else ""
-        note = f"{pooling} pooling of layers {' '.join(map(str, layers))}{' mixed' * (combine == 'mix')}{cut}"
-        readers = parameter_layers(encoder, top)
-        for parameter_name, parameter in encoder.named_parameters():  # what the cut left and nobody reads
-            parameter.requires_grad = parameter_name in readers
-    shared = [f"{name} (layers {first} to {last})" for name, (first, last) in readers.items() if first < last]
-    note += f"\nread by several layers, frozen when all of these are: {', '.join(shared)}" * bool(shared)
+        cut_after(encoder, top := max(args.layers))
+        note = f"{args.pooling} pooling of layers {' '.join(map(str, args.layers))}"
+        note += " mixed" * (args.combine == "mix") + f", the {count - top} above cut off" * (top < count)
+    readers = parameter_layers(encoder, top)
+    for name, parameter in encoder.named_parameters():  # what the cut left and nobody reads
+        parameter.requires_grad = name in readers or args.head == "pooler"
+    if shared := [f"{name} (layers {first} to {last})" for name, (first, last) in readers.items() if first < last]:
+        note += f"\nread by several layers, frozen when all of these are: {', '.join(shared)}"
     for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout) and encoder_dropout is not None:
-            module.p = encoder_dropout
-    torch.manual_seed(seed)
-    return Classifier(encoder, labels, head, layers, pooling, combine, dropout, hidden, pairs), count, readers, note
+        if isinstance(module, torch.nn.Dropout) and args.encoder_dropout is not None:
+            module.p = args.encoder_dropout
+    torch.manual_seed(args.seed)
+    return Classifier(encoder, labels, args.head, args.layers, args.pooling, args.combine, args.dropout, args.hidden,
+                      pairs), count, readers, note
 
 
 def describe(args, model, count, note, dtype, lengths):
@@ -403,72 +396,57 @@ def describe(args, model, count, note, dtype, lengths):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    group = parser.add_argument_group("files")
-    group.add_argument("--model", required=True, help="encoder: hub name or folder")
-    group.add_argument("--data", required=True, help="data set folder (python data.py --help)")
-    group.add_argument("--out", required=True, help="run folder to write")
-    group.add_argument("--overwrite", action="store_true", help="delete the run that is in OUT and start anew")
-    group.add_argument("--train-language", metavar="LANG",
-                       help="source language: train on train.LANG.tsv (default: en, or the only one there is)")
-    group.add_argument("--track-test", action="store_true",
-                       help="evaluate on the test sets too, as the paper's Figure 5 does, and keep the epoch that is "
-                            "best on the other languages' ones, for evaluate.py --epoch test; nothing else looks at them")
-    group.add_argument("--max-train-rows", type=in_range(int, 1), metavar="N",
-                       help="train on N rows, spread evenly (default: all)")
-    group.add_argument("--max-eval-rows", type=in_range(int, 1), metavar="N",
-                       help="evaluate on N rows of each file (default: all)")
-    group = parser.add_argument_group("the classifier")
-    group.add_argument("--head", choices=["layers", "pooler"], default="layers",
-                       help="pooled states of chosen layers (default), or BERT's own [CLS] pooler, the baseline")
-    group.add_argument("--layers", type=int, nargs="+", metavar="K",
-                       help="layers to pool, 0 is the embeddings (default: 6 8 11)")
-    group.add_argument("--pooling", choices=list(POOLINGS), help="over the tokens (default: max)")
-    group.add_argument("--combine", choices=["concat", "mix"], default="concat",
-                       help="the layers' pooled states side by side (default, the paper's way), or one vector, their sum "
-                            "with learned softmax weights")
-    group.add_argument("--layers-from", metavar="FILE",
-                       help="take --layers and --pooling from the best.json of grid_search.py")
-    group.add_argument("--dropout", type=in_range(float, 0, below=1), default=0.1,
-                       help="on the classifier's input (default: 0.1)")
-    group.add_argument("--encoder-dropout", type=in_range(float, 0, below=1), metavar="P",
-                       help="inside the encoder (default: what its configuration says)")
-    group.add_argument("--hidden", type=in_range(int, 0), default=0,
-                       help="units of a hidden layer in the classifier (default: 0: none)")
-    group = parser.add_argument_group("freezing on the go")
-    group.add_argument("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
-                       help="freeze exactly these layers, 0 is the embeddings (the paper: 9 11 12); needs "
-                            "--freeze-epoch")
-    group.add_argument("--freeze-epoch", metavar="N|auto",
-                       help="freeze once N epochs are done (the paper: 2; 0: from the start), or at the first "
-                            "evaluation whose mean accuracy on the other languages' dev sets falls below the best so far "
-                            "(auto: that looks at labels in the target languages, so it is the joint protocol, not "
-                            "zero-shot)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=in_range(int, 1), default=5, help="passes over the train rows (default: 5)")
-    group.add_argument("--lr", type=in_range(float, above=0), default=2e-5,
-                       help="Adam's highest learning rate (default: 2e-5)")
-    group.add_argument("--schedule", choices=["linear", "constant"], default="linear",
-                       help="after 10 %% of the steps of linear warm-up: linear decay to 0 (default), or constant")
-    group.add_argument("--batch-size", type=in_range(int, 1), default=32,
-                       help="rows an optimizer step, over all processes (default: 32)")
-    group.add_argument("--accumulate", type=in_range(int, 1), default=1, metavar="N",
-                       help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
-    group.add_argument("--weight-decay", type=in_range(float, 0), default=0.0,
-                       help="decoupled, on matrices alone; word pieces that are not in the data rest (default: 0)")
-    group.add_argument("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
-    group.add_argument("--compile", choices=["default", "reduce-overhead"],
-                       help="run the model through torch.compile, once for all lengths; reduce-overhead: with CUDA "
-                            "graphs (a GPU, no --accumulate)")
-    group.add_argument("--seed", type=in_range(int, 0, below=2 ** 32), default=0,
-                       help="of the classifier's weights, row order and dropout (default: 0)")
-    group = parser.add_argument_group("evaluating and saving")
-    group.add_argument("--eval-steps", type=in_range(int, 0), default=0, metavar="N",
-                       help="evaluate every N steps too, not only each epoch")
-    group.add_argument("--save-steps", type=in_range(int, 0), default=0, metavar="N",
-                       help="save the state every N steps too (default: each epoch)")
-    group.add_argument("--keep-all", action="store_true", help="keep the models after all epochs")
+    some, any_number, rate = in_range(int, 1), in_range(int, 0), in_range(float, 0, below=1)
+    add = parser.add_argument_group("files").add_argument
+    add("--model", required=True, help="encoder: hub name or folder")
+    add("--data", required=True, help="data set folder (python data.py --help)")
+    add("--out", required=True, help="run folder to write")
+    add("--overwrite", action="store_true", help="delete the run that is in OUT and start anew")
+    add("--train-language", metavar="LANG",
+        help="source language: train on train.LANG.tsv (default: en, or the only one there is)")
+    add("--track-test", action="store_true", help="evaluate on the test sets too, as the paper's Figure 5 does, and "
+        "keep the epoch best on the other languages' ones, for evaluate.py --epoch test; nothing else looks at them")
+    add("--max-train-rows", type=some, metavar="N", help="train on N rows, spread evenly (default: all)")
+    add("--max-eval-rows", type=some, metavar="N", help="evaluate on N rows of each file (default: all)")
+    add = parser.add_argument_group("the classifier").add_argument
+    add("--head", choices=["layers", "pooler"], default="layers",
+        help="pooled states of chosen layers (default), or BERT's own [CLS] pooler, the baseline")
+    add("--layers", type=int, nargs="+", metavar="K", help="layers to pool, 0 is the embeddings (default: 6 8 11)")
+    add("--pooling", choices=list(POOLINGS), help="over the tokens (default: max)")
+    add("--combine", choices=["concat", "mix"], default="concat", help="the layers' pooled states side by side "
+        "(default, the paper's way), or one vector, their sum with learned softmax weights")
+    add("--layers-from", metavar="FILE", help="take --layers and --pooling from the best.json of grid_search.py")
+    add("--dropout", type=rate, default=0.1, help="on the classifier's input (default: 0.1)")
+    add("--encoder-dropout", type=rate, metavar="P", help="inside the encoder (default: what its configuration says)")
+    add("--hidden", type=any_number, default=0, help="units of a hidden layer in the classifier (default: 0: none)")
+    add = parser.add_argument_group("freezing on the go").add_argument
+    add("--freeze-layers", type=int, nargs="+", default=[], metavar="K",
+        help="freeze exactly these layers, 0 is the embeddings (the paper: 9 11 12); needs --freeze-epoch")
+    add("--freeze-epoch", metavar="N|auto", help="freeze once N epochs are done (the paper: 2; 0: from the start), or "
+        "at the first evaluation whose mean accuracy on the other languages' dev sets falls below the best so far "
+        "(auto: that looks at labels in the target languages, so it is the joint protocol, not zero-shot)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=some, default=5, help="passes over the train rows (default: 5)")
+    add("--lr", type=in_range(float, above=0), default=2e-5, help="Adam's highest learning rate (default: 2e-5)")
+    add("--schedule", choices=["linear", "constant"], default="linear",
+        help="after 10 %% of the steps of linear warm-up: linear decay to 0 (default), or constant")
+    add("--batch-size", type=some, default=32, help="rows an optimizer step, over all processes (default: 32)")
+    add("--accumulate", type=some, default=1, metavar="N",
+        help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
+    add("--weight-decay", type=in_range(float, 0), default=0.0,
+        help="decoupled, on matrices alone; word pieces that are not in the data rest (default: 0)")
+    add("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+        help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
+    add("--compile", choices=["default", "reduce-overhead"], help="run the model through torch.compile, once for all "
+        "lengths; reduce-overhead: with CUDA graphs (a GPU, no --accumulate)")
+    add("--seed", type=in_range(int, 0, below=2 ** 32), default=0,
+        help="of the classifier's weights, row order and dropout (default: 0)")
+    add = parser.add_argument_group("evaluating and saving").add_argument
+    add("--eval-steps", type=any_number, default=0, metavar="N", help="evaluate every N steps too, not only each epoch")
+    add("--save-steps", type=any_number, default=0, metavar="N",
+        help="save the state every N steps too (default: each epoch)")
+    add("--keep-all", action="store_true", help="keep the models after all epochs")
     return check_args(parser.parse_args(argv), parser)
 
 
@@ -483,8 +461,8 @@ def check_args(args, parser):
         parser.error("--freeze-layers K ... and --freeze-epoch N|auto need each other")
     if args.freeze_epoch not in (None, "auto"):
         if not args.freeze_epoch.isdecimal() or int(args.freeze_epoch) >= args.epochs:
-            parser.error(f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs {args.epochs}), "
-                         "or auto")
+            parser.error(f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs "
+                         f"{args.epochs}), or auto")
         args.freeze_epoch = int(args.freeze_epoch)
     if args.compile == "reduce-overhead" and (args.accumulate > 1 or not torch.cuda.is_available()):
         parser.error("--compile reduce-overhead needs a GPU, and --accumulate 1: a CUDA graph's gradients are its own")
@@ -513,8 +491,7 @@ def main(argv=None):
     rows = read_sets(args.data, keys, labels)
     pairs = rows["train", source].text_b is not None
     tokenizer = load_tokenizer(args.model)
-    model, count, readers, note = build(args.model, labels, args.head, args.layers, args.pooling, args.combine,
-                                        args.dropout, args.encoder_dropout, args.hidden, args.seed, pairs)
+    model, count, readers, note = build(args, labels, pairs)
     check_length(model.encoder, args.max_length)
     check_layers(args.freeze_layers, count, "--freeze-layers")
     where = ("model", "data", "out", "overwrite", "layers_from")  # not compared: what is in them is

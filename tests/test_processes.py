@@ -23,7 +23,8 @@ def main():
             rate, left, group = train.learning_rate, [int(arguments.pop(0))], arguments.pop(0) == "group"
             def stopped(*a):
                 left[0] -= 1
-                if left[0] == 0 and (group or int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1):
+                last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+                if left[0] == 0 and (group or last):
                     os.kill(os.getpid(), signal.SIGTERM)
                     os.kill(os.getpid(), signal.SIGTERM)
                 return rate(*a)
@@ -37,10 +38,13 @@ common.cli(main)
 
 
 def commands(model, data, out):
-    tuned = f"--model {model} --data {data} --max-length 32 --precision fp32 --dropout 0 --batch-size 13 --lr 1e-3"
-    frozen, pooler = "--layers 2 4 --freeze-layers 0 3 --freeze-epoch 1 --epochs 3 --eval-steps 1", "--head pooler --epochs 2 --accumulate 3"
-    return f"""extract --model {model} --data {data} --out {out}/features --max-length 32 --dtype float32 --precision fp32 --batch-size 9
-grid_search --features {out}/features --out {out}/grid --layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32
+    source = f"--model {model} --data {data} --max-length 32 --precision fp32"
+    tuned = f"{source} --dropout 0 --batch-size 13 --lr 1e-3"
+    frozen = "--layers 2 4 --freeze-layers 0 3 --freeze-epoch 1 --epochs 3 --eval-steps 1"
+    pooler = "--head pooler --epochs 2 --accumulate 3"
+    search = "--layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32"
+    return f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
+grid_search --features {out}/features --out {out}/grid {search}
 train {tuned} --out {out}/wf {frozen}
 stop 14 group {tuned} --out {out}/wf-stopped {frozen}
 train {tuned} --out {out}/wf-stopped {frozen}
@@ -55,7 +59,8 @@ def torchrun(lines, folder, processes):
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     (folder / "commands").write_text(lines)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")], capture_output=True, text=True,
+    return subprocess.run([sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
+                          capture_output=True, text=True,
                           timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -112,11 +117,12 @@ def test_training_gives_the_same_losses_and_weights(both, name):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped_by_a_signal_and_started_again_is_as_never_stopped(both, processes, name, steps):
     """By one SIGTERM and a second at its heels, in one process or in each."""
+    runs = [both[processes - 1] / name, both[processes - 1] / f"{name}-stopped"]
     whole, stopped = ([{k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-                       for line in open(both[processes - 1] / run / "metrics.jsonl")] for run in (name, f"{name}-stopped"))
+                       for line in open(run / "metrics.jsonl")] for run in runs)
     assert whole == stopped and whole[-1]["step"] == steps
     for epoch in (steps // 6, "mean"):
-        one, two = (load_file(both[processes - 1] / run / f"epochs/{epoch}/model.safetensors") for run in (name, f"{name}-stopped"))
+        one, two = (load_file(run / f"epochs/{epoch}/model.safetensors") for run in runs)
         assert all(np.array_equal(one[key], two[key]) for key in one)
 
 

@@ -58,6 +58,13 @@ def fine_tune(out, model, data, *flags):
     return text.getvalue()
 
 
+@pytest.fixture
+def run(script):
+    """fine_tune() as a user calls it: (exit status, stdout, stderr)."""
+    return lambda out, model, data, *flags: script("train", "--model", model, "--data", data, "--out", out, *BASE,
+                                                   *" ".join(flags).split())
+
+
 def metrics(out):
     """metrics.jsonl without the one column that differs from call to call."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +78,8 @@ def kept(out):
 def weights(folder):
     """All tensors of a kept epoch; the classifier's own under their names, the encoder's under encoder.NAME."""
     encoder = load_file(Path(folder) / "model.safetensors")
-    return {f"encoder.{name}": tensor for name, tensor in encoder.items()} | load_file(Path(folder) / "classifier.safetensors")
+    own = load_file(Path(folder) / "classifier.safetensors")
+    return {**{f"encoder.{name}": tensor for name, tensor in encoder.items()}, **own}
 
 
 def assert_same_run(one, other, ignore=()):
@@ -307,28 +315,32 @@ def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, m
     assert lines[1] == "layers to freeze: 5 2 0"
     assert lines[2] == "freezing layer 5 is a no-op: it is above the highest layer pooled and was cut off"
     used = int(lines[3].split(" of ")[0])
-    assert lines[3] == f"{used} of {AutoTokenizer.from_pretrained(model_folder).vocab_size} word pieces are in the data; the others rest"
-    count -= 36 * (AutoTokenizer.from_pretrained(model_folder).vocab_size - used)
+    there = AutoTokenizer.from_pretrained(model_folder).vocab_size
+    assert lines[3] == f"{used} of {there} word pieces are in the data; the others rest"
+    count -= 36 * (there - used)
     padded = sum(len(rows) * -(-max(lengths[i] for i in rows) // 8) * 8 for rows in train_batches(lengths, 13, 0, 0))
-    assert lines[4] == (f"{count:,} parameters to train, 3 epochs of 5 steps, {1 - sum(lengths) / padded:.1%} of the tokens "
-                        "are padding")
+    assert lines[4] == (f"{count:,} parameters to train, 3 epochs of 5 steps, "
+                        f"{1 - sum(lengths) / padded:.1%} of the tokens are padding")
     assert lines[5] == "cpu, float32 products (as asked), attention: cpu"
 
 
 @pytest.mark.parametrize("flag, has, expected", [
-    ("auto", True, "bfloat16 products (the hardware has it)"), ("auto", False, "float32 products (the hardware has no bf16)"),
+    ("auto", True, "bfloat16 products (the hardware has it)"),
+    ("auto", False, "float32 products (the hardware has no bf16)"),
     ("bf16", False, "bfloat16 products (as asked)")])
-def test_start_says_why_the_products_are_in_this_precision(flag, has, expected, model_folder, data_folder, tmp_path, monkeypatch):
+def test_start_says_why_the_products_are_in_this_precision(flag, has, expected, model_folder, data_folder, tmp_path,
+                                                           monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    text = fine_tune(tmp_path, model_folder, data_folder, f"--layers 1 --epochs 1 --max-train-rows 13 --precision {flag}")
+    text = fine_tune(tmp_path, model_folder, data_folder,
+                     f"--layers 1 --epochs 1 --max-train-rows 13 --precision {flag}")
     assert f"cpu, {expected}, attention: " in text
 
 
 def test_compiled_is_the_same_run_before_and_after_freezing(still_model, data_folder, tmp_path, monkeypatch):
     modes = []
 
-    def compile_(self, **settings):  # inductor's kernels take a minute; what is traced, guarded and differentiated is this
+    def compile_(self, **settings):  # inductor's kernels take a minute; what is traced and differentiated is this
         modes.append(settings)
         torch.nn.Module.compile(self, dynamic=True, backend="aot_eager")
 
@@ -380,7 +392,8 @@ def scripted(monkeypatch, **accuracies):
     ([.1, .2, .3, .4, .5], [.6, .5, .4, .3, .9], [.4, .4, .4, .4, .9], [3, 4, 5]),  # never thawed
     ([.9, .9, .9, .9, .9], [.5, .5, .5, .5, .4], [.5, .5, .5, .5, .5], []),  # too late
 ])
-def test_automatic_freezing_at_the_first_fall(en, de, zh, frozen_epochs, model_folder, data_folder, tmp_path, monkeypatch):
+def test_automatic_freezing_at_the_first_fall(en, de, zh, frozen_epochs, model_folder, data_folder, tmp_path,
+                                              monkeypatch):
     scripted(monkeypatch, en=en, de=de, zh=zh)
     fine_tune(tmp_path / "run", model_folder, data_folder,
               "--layers 2 --freeze-layers 1 --freeze-epoch auto --max-train-rows 13 --epochs 5")
@@ -418,7 +431,8 @@ def test_automatic_freezing_agrees_with_the_metrics(auto_run):
 SETTINGS = {
     "epoch": "--layers 1 3 --freeze-layers 0 2 --freeze-epoch 1 --save-steps 3",
     "auto": "--layers 1 3 --freeze-layers 1 2 --freeze-epoch auto --eval-steps 2 --save-steps 3 --lr 5e-3",
-    "pooler": "--head pooler --freeze-layers 5 --freeze-epoch 2 --precision bf16 --accumulate 2 --hidden 7 --weight-decay 0.1",
+    "pooler": "--head pooler --freeze-layers 5 --freeze-epoch 2 --precision bf16 --accumulate 2 --hidden 7 "
+              "--weight-decay 0.1",
 }
 
 
@@ -476,7 +490,8 @@ def interrupted(owner, name, calls):
     *[("auto", [k]) for k in (3, 5, 8, 9, 13)], ("auto", [5, 4, 4]),
     *[("pooler", [k]) for k in (4, 9, 10, 13)],
 ])
-def test_stopped_and_started_again_is_as_never_stopped(settings, stops, unstopped, model_folder, data_folder, tmp_path, monkeypatch):
+def test_stopped_and_started_again_is_as_never_stopped(settings, stops, unstopped, model_folder, data_folder, tmp_path,
+                                                       monkeypatch):
     out = tmp_path / "run"
     # TensorBoard orders the files of one process and one second by a number's text, "9" after "10": begin at 0
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
@@ -503,7 +518,8 @@ def test_automatic_freezing_remembers_the_best_from_before_a_stop(model_folder, 
 
 
 @pytest.mark.parametrize("owner, name, calls", [
-    (train, "save_state", 0), (train, "save_state", 3), (torch, "save", 2), (train, "save_model", 0), (train, "save_model", 2),
+    (train, "save_state", 0), (train, "save_state", 3), (torch, "save", 2), (train, "save_model", 0),
+    (train, "save_model", 2),
     (train, "save_model", 3), (train, "update_mean", 1), (train.Log, "evaluation", 1), (train, "evaluate", 2),
     (train, "finish_folder", 0), (common.os, "replace", 5)])
 def test_stopped_while_saving_is_as_never_stopped(owner, name, calls, unstopped, model_folder, data_folder, tmp_path):
@@ -516,15 +532,16 @@ def test_stopped_while_saving_is_as_never_stopped(owner, name, calls, unstopped,
     assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)])
-def test_a_damaged_state_is_said_and_left_alone(damage, script, model_folder, data_folder, tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"",
+                                    lambda data: b"\0" * len(data)])
+def test_a_damaged_state_is_said_and_left_alone(damage, run, model_folder, data_folder, tmp_path):
     out = tmp_path / "run"
     with interrupted(train, "learning_rate", 7):
         fine_tune(out, model_folder, data_folder, "--layers 1 3")
     path = out / "resume" / "state.pt"
     path.write_bytes(damage(path.read_bytes()))
     before = path.read_bytes()
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3)
+    status, _, error = run(out, model_folder, data_folder, "--layers 1 3")
     assert status == 2 and "state.pt is damaged or cut short" in error and "--overwrite" in error
     assert path.read_bytes() == before
 
@@ -538,10 +555,9 @@ def test_a_complete_run_says_so_and_does_nothing(frozen_run, model_folder, data_
     assert files_there() == before
 
 
-def test_other_arguments_are_refused_by_name(frozen_run, script, model_folder, data_folder):
+def test_other_arguments_are_refused_by_name(frozen_run, run, model_folder, data_folder):
     before = (frozen_run.out / "run.json").read_bytes()
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", frozen_run.out, *BASE,
-                              "--layers", 1, 2, "--lr", "2e-3", "--seed", 5)
+    status, _, error = run(frozen_run.out, model_folder, data_folder, "--layers 1 2 --lr 2e-3 --seed 5")
     assert status == 2
     for phrase in ("arguments.lr was 0.001, is now 0.002", "arguments.layers was [1, 3], is now [1, 2]",
                    "arguments.seed was 0, is now 5",
@@ -551,16 +567,16 @@ def test_other_arguments_are_refused_by_name(frozen_run, script, model_folder, d
     assert (frozen_run.out / "run.json").read_bytes() == before
 
 
-def test_changed_data_and_changed_weights_are_refused(script, tmp_path):
+def test_changed_data_and_changed_weights_are_refused(run, tmp_path):
     model, data, out = make_model(tmp_path / "model"), make_data(tmp_path / "data"), tmp_path / "run"
-    flags = ["--model", model, "--data", data, "--out", out, *BASE, "--layers", 1, "--epochs", 1]
-    assert script("train", *flags)[0] == 0
+    flags = [out, model, data, "--layers 1 --epochs 1"]
+    assert run(*flags)[0] == 0
     make_data(tmp_path / "data", train=61)
-    status, _, error = script("train", *flags)
+    status, _, error = run(*flags)
     assert status == 2 and "data.train.en.tsv was" in error and "dev.en" not in error
     make_data(tmp_path / "data")
     make_model(tmp_path / "model", seed=1)
-    status, _, error = script("train", *flags)
+    status, _, error = run(*flags)
     assert status == 2 and "revision was" in error
 
 
@@ -575,19 +591,17 @@ def test_overwrite_starts_anew(model_folder, data_folder, tmp_path):
     assert_same_run(out, tmp_path / "fresh")
 
 
-def test_a_folder_of_something_else_is_refused(script, model_folder, data_folder, tmp_path):
+def test_a_folder_of_something_else_is_refused(run, model_folder, data_folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE,
-                              "--layers", 1)
+    status, _, error = run(tmp_path / "run", model_folder, data_folder, "--layers 1")
     assert status == 2 and "thesis.txt but no run.json" in error
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_second_process_on_the_folder_is_refused(script, model_folder, data_folder, tmp_path):
+def test_a_second_process_on_the_folder_is_refused(run, model_folder, data_folder, tmp_path):
     with common.claim(tmp_path / "run"):
-        status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE,
-                                  "--layers", 1)
+        status, _, error = run(tmp_path / "run", model_folder, data_folder, "--layers 1")
     assert status == 2 and "in use by another process" in error
 
 
@@ -599,11 +613,14 @@ def events(out):
 
 def test_columns_of_the_metrics(auto_run):
     rows = [json.loads(line) for line in (auto_run.out / "metrics.jsonl").read_text().splitlines()]
-    assert {tuple(row) for row in rows} == {("epoch", "step", "split", "language", "accuracy", "loss", "lr", "frozen_layers",
+    assert {tuple(row) for row in rows} == {("epoch", "step", "split", "language", "accuracy", "loss", "lr",
+                                             "frozen_layers",
                                              "examples_per_second")}
-    assert [(row["split"], row["language"]) for row in rows] == [("train", ""), ("dev", "en"), ("dev", "de"), ("dev", "zh")] * 9
+    assert [(row["split"], row["language"]) for row in rows] == [("train", ""), ("dev", "en"), ("dev", "de"),
+                                                                 ("dev", "zh")] * 9
     assert [(row["epoch"], type(row["epoch"])) for row in rows[::4]] == [
-        (0.4, float), (0.8, float), (1, int), (1.2, float), (1.6, float), (2, int), (2.4, float), (2.8, float), (3, int)]
+        (0.4, float), (0.8, float), (1, int), (1.2, float), (1.6, float), (2, int), (2.4, float), (2.8, float),
+        (3, int)]
     lrs = {1: 0.5, 2: 1.0} | {step: (15 - step + 1) / 13 for step in range(3, 16)}  # by hand: 2 steps of warm-up of 15
     assert [row["lr"] for row in rows] == pytest.approx([5e-3 * lrs[row["step"]] for row in rows])
     assert all(row["examples_per_second"] > 0 for row in rows)
@@ -625,7 +642,8 @@ def test_dev_accuracy_and_loss_are_those_of_the_kept_model(frozen_run, data_fold
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     linear = load_file(folder / "classifier.safetensors")
     for row in metrics(frozen_run.out)[-3:]:
-        cells = [line.split("\t") for line in (Path(data_folder) / f"dev.{row['language']}.tsv").read_text().splitlines()[1:]]
+        lines = (Path(data_folder) / f"dev.{row['language']}.tsv").read_text().splitlines()[1:]
+        cells = [line.split("\t") for line in lines]
         truth, logits = [LABELS.index(label) for _, label in cells], []
         for text, _ in cells:  # one at a time: no padding at all
             with torch.no_grad():
@@ -687,14 +705,13 @@ def test_run_json_describes_the_run(frozen_run):
     assert run["versions"]["torch"] == torch.__version__ and run["command"].startswith("python train.py")
 
 
-def test_test_files_are_never_opened(model_folder, data_folder, frozen_run, script, tmp_path):
+def test_test_files_are_never_opened(model_folder, data_folder, frozen_run, run, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
     for path in data.glob("test.*.tsv"):
         path.write_bytes(b"\xff\xfe not a table")
     fine_tune(tmp_path / "run", model_folder, data, FROZEN)
     assert_same_run(tmp_path / "run", frozen_run.out)
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "two", *BASE, *FROZEN.split(),
-                              "--track-test")
+    status, _, error = run(tmp_path / "two", model_folder, data, FROZEN, "--track-test")
     assert status == 2 and "test.en.tsv, line 1" in error
 
 
@@ -713,13 +730,15 @@ def test_tracking_test_adds_rows_and_changes_nothing_else(model_folder, data_fol
 
 def test_with_tracking_the_epoch_that_is_best_on_test_is_kept_too(model_folder, data_folder, tmp_path, monkeypatch):
     test_scores = iter([.1, .8, .3, .8])
-    monkeypatch.setattr(train, "evaluate", lambda *_: {("dev", "en"): (.5, 0.), ("dev", "de"): (.5, 0.), ("test", "en"): (.9, 0.),
+    monkeypatch.setattr(train, "evaluate", lambda *_: {("dev", "en"): (.5, 0.), ("dev", "de"): (.5, 0.),
+                                                       ("test", "en"): (.9, 0.),
                                                        ("test", "de"): (next(test_scores), 0.)})
     fine_tune(tmp_path / "run", model_folder, data_folder, "--layers 1 --max-train-rows 13 --epochs 4 --track-test")
     assert kept(tmp_path / "run") == [1, 2, 4]  # best by dev (a tie), by test (the earlier of two), the last
 
 
-def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(model_folder, data_folder, tmp_path, monkeypatch):
+def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(model_folder, data_folder, tmp_path,
+                                                                          monkeypatch):
     """Adam over the whole vocabulary against Adam over the rows that the data uses."""
     flags = FROZEN.replace("--weight-decay 0.1", "")
     fine_tune(tmp_path / "some", model_folder, data_folder, flags)
@@ -756,9 +775,11 @@ def test_max_rows_are_spread_evenly(model_folder, data_folder, tmp_path):
 
 
 def test_layers_from_a_search(model_folder, data_folder, tmp_path):
-    (tmp_path / "best.json").write_text(json.dumps({"layers": [2, 3], "pooling": "mean", "select": "joint", "per_language": {}}))
+    (tmp_path / "best.json").write_text(json.dumps({"layers": [2, 3], "pooling": "mean", "select": "joint",
+                                                    "per_language": {}}))
     fine_tune(tmp_path / "given", model_folder, data_folder, "--layers 2 3 --pooling mean --epochs 1")
-    text = fine_tune(tmp_path / "found", model_folder, data_folder, f"--layers-from {tmp_path / 'best.json'} --epochs 1")
+    text = fine_tune(tmp_path / "found", model_folder, data_folder,
+                     f"--layers-from {tmp_path / 'best.json'} --epochs 1")
     assert "mean pooling of layers 2 3, the 2 above cut off" in text
     assert_same_run(tmp_path / "given", tmp_path / "found")
     assert json.loads((tmp_path / "found" / "epochs" / "1" / "classifier.json").read_text())["layers"] == [2, 3]
@@ -768,12 +789,14 @@ def test_layers_from_a_search(model_folder, data_folder, tmp_path):
 def test_a_head_without_a_pretrained_pooler_says_so(family, data_folder, tmp_path):
     if family == "bert without a pooler":
         size = make_tokenizer(tmp_path / "model")
-        BertModel(BertConfig(vocab_size=size, hidden_size=36, num_hidden_layers=5, num_attention_heads=3, intermediate_size=52,
+        BertModel(BertConfig(vocab_size=size, hidden_size=36, num_hidden_layers=5, num_attention_heads=3,
+                             intermediate_size=52,
                              max_position_embeddings=64), add_pooling_layer=False).save_pretrained(tmp_path / "model")
     else:
         make_model(tmp_path / "model", family)
     texts = [fine_tune(tmp_path / name, tmp_path / "model", data_folder, "--head pooler --epochs 1") for name in "ab"]
-    assert ("no pretrained pooler, it starts at random" in texts[0]) == (family in ("bert without a pooler", "distilbert"))
+    assert ("no pretrained pooler, it starts at random" in texts[0]) == (family in ("bert without a pooler",
+                                                                                    "distilbert"))
     assert "cut off" not in texts[0]
     assert_same_run(tmp_path / "a", tmp_path / "b")  # at random, but from the seed
 
@@ -781,7 +804,8 @@ def test_a_head_without_a_pretrained_pooler_says_so(family, data_folder, tmp_pat
 def test_it_learns_the_toy_task(model_folder, tmp_path):
     data = make_data(tmp_path / "data", train=400, dev=60)
     fine_tune(tmp_path / "run", model_folder, data, "--layers 1 2 --epochs 4 --lr 4e-3")
-    last = {row["language"]: row["accuracy"] for row in metrics(tmp_path / "run") if row["epoch"] == 4 and row["split"] == "dev"}
+    last = {row["language"]: row["accuracy"] for row in metrics(tmp_path / "run") if row["epoch"] == 4
+            and row["split"] == "dev"}
     assert last["en"] > 0.8
 
 
@@ -801,21 +825,21 @@ def spoil(monkeypatch, calls):
 
 
 @pytest.mark.parametrize("log_steps", [1, 99])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(log_steps, script, unstopped, model_folder,
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(log_steps, run, unstopped, model_folder,
                                                                           data_folder, tmp_path):
     out = tmp_path / "run"
-    flags = ["--model", model_folder, "--data", data_folder, "--out", out, *BASE, *SETTINGS["epoch"].split()]
+    flags = [out, model_folder, data_folder, SETTINGS["epoch"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_STEPS", log_steps)
         spoil(patch, 7)
-        status, _, error = script("train", *flags)
+        status, _, error = run(*flags)
     assert status == 2 and f"the loss is nan at step {8 if log_steps == 1 else 9}" in error and "--lr" in error
     assert saved_state(out)["step"] == 6 and kept(out) == [1]
-    assert script("train", *flags)[0] == 0
+    assert run(*flags)[0] == 0
     assert_same_run(out, unstopped("epoch"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(script, model_folder, data_folder, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(run, model_folder, data_folder, tmp_path):
     """A gradient of NaN in step 3 under a loss that is still finite."""
     out, steps = tmp_path / "run", iter(range(99))
 
@@ -823,16 +847,14 @@ def test_weights_that_are_not_finite_are_not_saved(script, model_folder, data_fo
         if next(steps) == 2:
             model.classifier[1].bias.data[1] = torch.nan
     with watching(look):
-        status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3,
-                                  "--save-steps", 1)
+        status, _, error = run(out, model_folder, data_folder, "--layers 1 3 --save-steps 1")
     assert status == 2 and "a weight is not finite at step 3: lower --lr" in error
     assert saved_state(out)["step"] == 2
 
 
-def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, tmp_path):
+def test_a_huge_learning_rate_stops_the_run(run, model_folder, data_folder, tmp_path):
     out = tmp_path / "run"
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", out, *BASE, "--layers", 1, 3,
-                              "--lr", 1e30)
+    status, _, error = run(out, model_folder, data_folder, "--layers 1 3 --lr 1e+30")
     assert status == 2 and "the loss is" in error and "lower --lr (now 1e+30)" in error
 
 
@@ -853,10 +875,14 @@ def test_a_huge_learning_rate_stops_the_run(script, model_folder, data_folder, t
     ("--epochs 0", "--epochs: 0, expected 1 or more"), ("--batch-size -3", "--batch-size: -3, expected 1 or more"),
     ("--accumulate 0", "--accumulate: 0, expected 1 or more"),
     ("--hidden -1", "--hidden: -1, expected 0 or more"),
-    ("--eval-steps -1", "--eval-steps: -1, expected 0 or more"), ("--save-steps -1", "--save-steps: -1, expected 0 or more"),
-    ("--seed -1", "--seed: -1, expected 0 or more"), ("--seed 4294967296", "--seed: 4294967296, expected 0 or more and less than 4294967296"),
-    ("--compile reduce-overhead", "--compile reduce-overhead needs a GPU"), ("--max-train-rows 0", "--max-train-rows: 0, expected 1 or more"),
-    ("--max-eval-rows 0", "--max-eval-rows: 0, expected 1 or more"), ("--dropout 1", "--dropout: 1, expected 0 or more and less than 1"),
+    ("--eval-steps -1", "--eval-steps: -1, expected 0 or more"),
+    ("--save-steps -1", "--save-steps: -1, expected 0 or more"),
+    ("--seed -1", "--seed: -1, expected 0 or more"),
+    ("--seed 4294967296", "--seed: 4294967296, expected 0 or more and less than 4294967296"),
+    ("--compile reduce-overhead", "--compile reduce-overhead needs a GPU"),
+    ("--max-train-rows 0", "--max-train-rows: 0, expected 1 or more"),
+    ("--max-eval-rows 0", "--max-eval-rows: 0, expected 1 or more"),
+    ("--dropout 1", "--dropout: 1, expected 0 or more and less than 1"),
     ("--dropout nan", "--dropout: nan, expected 0 or more and less than 1"),
     ("--lr 0", "--lr: 0, expected more than 0"), ("--lr nan", "--lr: nan, expected"),
     ("--weight-decay -1", "--weight-decay: -1, expected 0 or more"),
@@ -894,21 +920,20 @@ def test_a_best_json_that_is_none(best, script, model_folder, data_folder, tmp_p
 def test_flags_that_do_not_fit_the_model(flags, message, script, model_folder, data_folder, tmp_path):
     if "fp16" in flags and torch.cuda.is_available():
         pytest.skip("fp16 works on this machine's GPU")
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *flags.split())
+    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run",
+                              *flags.split())
     assert status == 2 and message in error
     assert not (tmp_path / "run").exists()
 
 
-def test_automatic_freezing_needs_another_language(script, model_folder, tmp_path):
+def test_automatic_freezing_needs_another_language(run, model_folder, tmp_path):
     data = make_data(tmp_path / "data", languages=("en",))
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "run", *BASE, "--layers", 1,
-                              "--freeze-layers", 1, "--freeze-epoch", "auto")
+    status, _, error = run(tmp_path / "run", model_folder, data, "--layers 1 --freeze-layers 1 --freeze-epoch auto")
     assert status == 2 and "no dev file in another language than en, which --freeze-epoch auto needs" in error
     fine_tune(tmp_path / "run", model_folder, data, "--layers 1 --epochs 1")  # without it, English alone will do
     for path in Path(data).glob("dev.*"):
         path.unlink()
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "two", "--max-length", 32,
-                              "--layers", 1)
+    status, _, error = run(tmp_path / "two", model_folder, data, "--layers 1")
     assert status == 2 and "has no dev file" in error and "another language" not in error
 
 
@@ -931,36 +956,39 @@ def signalled(patch, step, *numbers, wait=0.0):
 
 @pytest.mark.parametrize("numbers, status", [
     ([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT] * 2, 130), ([signal.SIGTERM] * 3, 143),
-    ([signal.SIGINT, signal.SIGTERM], 130)], ids=lambda value: "-".join(n.name for n in value) if isinstance(value, list) else "")
-def test_signals_save_once_and_stop_and_the_command_goes_on(numbers, status, unstopped, model_folder, data_folder, tmp_path, script):
-    flags = ["--model", model_folder, "--data", data_folder, *BASE, *SETTINGS["epoch"].split(), "--out", tmp_path / "run"]
+    ([signal.SIGINT, signal.SIGTERM], 130)])
+def test_signals_save_once_and_stop_and_the_command_goes_on(numbers, status, unstopped, model_folder, data_folder,
+                                                            tmp_path, run):
+    flags = [tmp_path / "run", model_folder, data_folder, SETTINGS["epoch"]]
     with pytest.MonkeyPatch.context() as patch:
         signalled(patch, 8, *numbers)
-        code, out, _ = script("train", *flags)
+        code, out, _ = run(*flags)
     assert code == status and saved_state(tmp_path / "run")["step"] == 8
     assert out.endswith(f"stopped by {numbers[0].name} after step 8, the state is saved\n"
-                        f"to go on:\npython train.py {' '.join(map(str, flags))}\n")
-    code, out, _ = script("train", *flags)
+                        f"to go on:\npython train.py --model {model_folder} --data {data_folder} "
+                        f"--out {tmp_path / 'run'} {' '.join(BASE)} {SETTINGS['epoch']}\n")
+    code, out, _ = run(*flags)
     assert code == 0 and "going on after step 8\n" in out
     assert_same_run(tmp_path / "run", unstopped("epoch"))
 
 
-def test_a_second_ctrl_c_a_second_later_stops_at_once(model_folder, data_folder, tmp_path, script, monkeypatch):
+def test_a_second_ctrl_c_a_second_later_stops_at_once(model_folder, data_folder, tmp_path, run, monkeypatch):
     signalled(monkeypatch, 3, signal.SIGINT, signal.SIGINT, wait=1.05)
-    code, out, _ = script("train", "--model", model_folder, "--data", data_folder, *BASE, "--layers", 1, "--out", tmp_path / "run")
+    code, out, _ = run(tmp_path / "run", model_folder, data_folder, "--layers 1")
     assert code == 130 and "saved" not in out and not (tmp_path / "run" / "resume").exists()
 
 
-def test_a_signal_during_the_last_step_ends_the_run_as_it_would_have(model_folder, data_folder, tmp_path, script, monkeypatch):
+def test_a_signal_during_the_last_step_ends_the_run_as_it_would_have(model_folder, data_folder, tmp_path, run,
+                                                                     monkeypatch):
     signalled(monkeypatch, STEPS, signal.SIGTERM)
-    code, out, _ = script("train", "--model", model_folder, "--data", data_folder, *BASE, "--layers", 1, "--epochs", 1,
-                          "--out", tmp_path / "run")
+    code, out, _ = run(tmp_path / "run", model_folder, data_folder, "--layers 1 --epochs 1")
     assert code == 0 and ": done" in out and (tmp_path / "run/epochs/mean").exists()
 
 
 # --- the mean of the epochs --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", ["--layers 1 3", FROZEN, "--head pooler --freeze-layers 0 --freeze-epoch 2 --precision bf16"])
+@pytest.mark.parametrize("flags", ["--layers 1 3", FROZEN,
+                                   "--head pooler --freeze-layers 0 --freeze-epoch 2 --precision bf16"])
 def test_the_mean_is_that_of_the_weights_after_each_epoch(flags, model_folder, data_folder, tmp_path):
     fine_tune(tmp_path, model_folder, data_folder, flags, "--keep-all")
     assert kept(tmp_path) == [1, 2, 3]
@@ -982,11 +1010,13 @@ def test_the_mean_is_that_of_the_weights_after_each_epoch(flags, model_folder, d
 def test_mixing_layers_is_one_weighted_sum_whose_weights_are_trained(still_model, data_folder, tmp_path):
     after = []
     with watching(lambda model, **_: after.append(model.mix.detach().clone())):
-        text = fine_tune(tmp_path, still_model, data_folder, "--layers 0 2 3 --combine mix --pooling mean --dropout 0 --epochs 2")
+        text = fine_tune(tmp_path, still_model, data_folder,
+                         "--layers 0 2 3 --combine mix --pooling mean --dropout 0 --epochs 2")
     assert "mean pooling of layers 0 2 3 mixed, the 2 above cut off" in text
     assert all(not torch.equal(a, b) for a, b in zip([torch.zeros(3), *after], after))  # each step reaches each weight
     folder = tmp_path / "epochs/2"
-    own, tokenizer, encoder = weights(folder), AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    own, tokenizer = weights(folder), AutoTokenizer.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder).eval()
     assert own["mix"].shape == (3,) and own["classifier.1.weight"].shape == (4, 36)
     share = np.exp(own["mix"].double().numpy()) / np.exp(own["mix"].double().numpy()).sum()
     truth, logits = [], []
@@ -1002,8 +1032,11 @@ def test_mixing_layers_is_one_weighted_sum_whose_weights_are_trained(still_model
 
 
 def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder):
-    for given, expected in ((0.0, {0.0}), (None, {0.1})):
-        model, *_ = train.build(model_folder, LABELS, "layers", [3], "max", "concat", 0.3, given, 0, 0, False)
+    for given, expected in ((["--encoder-dropout", "0"], {0.0}), ([], {0.1})):
+        args = train.parse_args(["--model", model_folder, "--data", "", "--out", "", "--layers", "3", "--dropout",
+                                 "0.3",
+                                 *given])
+        model, *_ = train.build(args, LABELS, pairs=False)
         assert {module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)} == expected
         assert model.classifier[0].p == 0.3
 
@@ -1047,33 +1080,36 @@ def test_the_name_of_the_source_language_changes_no_weight(model_folder, german_
         assert all(torch.equal(english[name], german[name]) for name in english)
 
 
-def test_a_train_file_that_is_not_there_or_must_be_named(script, model_folder, german_data, tmp_path):
+def test_a_train_file_that_is_not_there_or_must_be_named(run, model_folder, german_data, tmp_path):
     data = shutil.copytree(german_data, tmp_path / "data")
     shutil.copy(data / "train.de.tsv", data / "train.zh.tsv")
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "run", *BASE, "--layers", 1)
-    assert status == 2 and "has train files in de zh: say which with --train-language" in error and not (tmp_path / "run").exists()
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "run", *BASE, "--layers", 1,
-                              "--train-language", "en")
-    assert status == 2 and "train.en.tsv does not exist; train is there in: de zh" in error and not (tmp_path / "run").exists()
+    status, _, error = run(tmp_path / "run", model_folder, data, "--layers 1")
+    assert status == 2 and "has train files in de zh: say which with --train-language" in error
+    assert not (tmp_path / "run").exists()
+    status, _, error = run(tmp_path / "run", model_folder, data, "--layers 1 --train-language en")
+    assert status == 2 and "train.en.tsv does not exist; train is there in: de zh" in error
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_same_data_under_another_path_is_the_same_run(unstopped, script, model_folder, data_folder, tmp_path):
-    copy = shutil.copytree(data_folder, tmp_path / "copy")
+def test_the_same_data_under_another_path_is_the_same_run(unstopped, run, model_folder, data_folder, tmp_path):
+    copy, out = shutil.copytree(data_folder, tmp_path / "copy"), unstopped("epoch")
     shutil.copytree(model_folder, tmp_path / "model copy")
-    for model, data in ((model_folder, f"{data_folder}/"), (model_folder, copy), (tmp_path / "model copy", data_folder)):
-        flags = ["--model", model, "--data", data, *BASE, *SETTINGS["epoch"].split(), "--out"]
-        assert script("train", *flags, unstopped("epoch"))[:2] == (0, f"{unstopped('epoch')} is complete already: nothing to do\n")
+    for model, data in ((model_folder, f"{data_folder}/"), (model_folder, copy),
+                        (tmp_path / "model copy", data_folder)):
+        status, text, _ = run(out, model, data, SETTINGS["epoch"])
+        assert (status, text) == (0, f"{out} is complete already: nothing to do\n")
     with interrupted(train, "learning_rate", 7):
         fine_tune(tmp_path / "run", model_folder, data_folder, SETTINGS["epoch"])
     assert "going on after step 6" in fine_tune(tmp_path / "run", model_folder, copy, SETTINGS["epoch"])
     assert_same_run(tmp_path / "run", unstopped("epoch"))
 
 
-def test_pairs_and_single_texts_do_not_mix(script, model_folder, data_folder, pair_data, tmp_path):
+def test_pairs_and_single_texts_do_not_mix(run, model_folder, data_folder, pair_data, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
     shutil.copy(pair_data / "dev.de.tsv", data)
-    status, _, error = script("train", "--model", model_folder, "--data", data, "--out", tmp_path / "run", *BASE, "--layers", 1)
-    assert status == 2 and "dev.de.tsv holds pairs (text_a, text_b), expected single texts (text), as in training" in error
+    status, _, error = run(tmp_path / "run", model_folder, data, "--layers 1")
+    assert status == 2
+    assert "dev.de.tsv holds pairs (text_a, text_b), expected single texts (text), as in training" in error
     assert not (tmp_path / "run").exists()
     for name, folder in (("single", data_folder), ("pairs", pair_data)):
         fine_tune(tmp_path / name, model_folder, folder, "--layers 1 --epochs 1 --max-train-rows 13")
@@ -1083,16 +1119,18 @@ def test_pairs_and_single_texts_do_not_mix(script, model_folder, data_folder, pa
 
 # --- what is saved must be what was trained ----------------------------------------------------------------------
 
-def test_logits_that_are_not_finite_are_refused(script, model_folder, data_folder, tmp_path, monkeypatch):
+def test_logits_that_are_not_finite_are_refused(run, model_folder, data_folder, tmp_path, monkeypatch):
     """Training stays finite; the evaluation does not."""
     forward = train.Classifier.forward
-    monkeypatch.setattr(train.Classifier, "forward", lambda model, batch: forward(model, batch) * (1 if model.training else torch.inf))
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE, "--layers", 1)
+    monkeypatch.setattr(train.Classifier, "forward", lambda model,
+                        batch: forward(model, batch) * (1 if model.training else torch.inf))
+    status, _, error = run(tmp_path / "run", model_folder, data_folder, "--layers 1")
     assert status == 2 and "dev en: the model gives logits that are not finite; try --precision fp32" in error
     assert not (tmp_path / "run/epochs").exists()
 
 
-def test_a_tokenizer_that_loads_otherwise_than_it_was_saved_is_refused(script, model_folder, data_folder, tmp_path, monkeypatch):
+def test_a_tokenizer_that_loads_otherwise_than_it_was_saved_is_refused(run, model_folder, data_folder, tmp_path,
+                                                                       monkeypatch):
     load = train.load_tokenizer
 
     def other(name):
@@ -1101,6 +1139,6 @@ def test_a_tokenizer_that_loads_otherwise_than_it_was_saved_is_refused(script, m
             tokenizer.backend_tokenizer.normalizer = None  # capitals and accents are no longer folded
         return tokenizer
     monkeypatch.setattr(train, "load_tokenizer", other)
-    status, _, error = script("train", "--model", model_folder, "--data", data_folder, "--out", tmp_path / "run", *BASE, "--layers", 1)
+    status, _, error = run(tmp_path / "run", model_folder, data_folder, "--layers 1")
     assert status == 2 and "epochs/1: the tokenizer, saved and loaded again, gives other token ids" in error
     assert not (tmp_path / "run/resume").exists()

@@ -1,5 +1,5 @@
-"""Full disks, folders that cannot be written, and files cut short, for each script that works long: one sentence, nothing
-that was complete is lost or changed, and the same command goes on once there is room."""
+"""Full disks, folders that cannot be written, and files cut short, for each script that works long: one sentence,
+nothing that was complete is lost or changed, and the same command goes on once there is room."""
 import ctypes
 import os
 import resource
@@ -13,18 +13,21 @@ from test_kill import contents
 
 SCRIPTS = ["extract", "grid_search", "train"]
 # a limit on the size of a file that the small ones keep and the large one does not
-LARGEST = {"extract": ("test.en.max.npy", 8_000), "grid_search": ("parts/max.0.001.0.npz", 1_500), "train": ("resume/state.pt", 300_000)}
+LARGEST = {"extract": ("test.en.max.npy", 8_000), "grid_search": ("parts/max.0.001.0.npz", 1_500),
+           "train": ("resume/state.pt", 300_000)}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    return {"model": make_model(folder / "model"), "data": make_data(folder / "data", test=40), "features": folder / "features"}
+    return {"model": make_model(folder / "model"), "data": make_data(folder / "data", test=40),
+            "features": folder / "features"}
 
 
 def flags(name, world):
     common = ["--model", world["model"], "--data", world["data"], "--max-length", 32, "--precision", "fp32"]
-    return {"extract": common, "grid_search": ["--features", world["features"], "--layers", 1, 2, 3, "--seeds", 2, "--epochs", 2,
+    return {"extract": common, "grid_search": ["--features", world["features"], "--layers", 1, 2, 3, "--seeds", 2,
+                                               "--epochs", 2,
                                                  "--lr", "1e-3"],
             "train": [*common, "--layers", 1, 3, "--epochs", 2, "--batch-size", 13, "--save-steps", 2]}[name]
 
@@ -106,7 +109,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(name, start, world, tmp
     command = [sys.executable, ROOT / f"{name}.py", *flags(name, world), "--out", tmp_path / "out", "--overwrite"]
     ended = subprocess.run([*map(str, command)], text=True, capture_output=True, preexec_fn=without_root)
     os.chmod(tmp_path / "out", 0o755)
-    assert ended.returncode == 2 and "Permission denied" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+    assert ended.returncode == 2 and "Permission denied" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
     assert files_of(tmp_path / "out") == before
 
 
@@ -119,5 +123,6 @@ def test_a_feature_file_cut_short_while_it_grew_is_said(keep, start, tmp_path, m
     part = next(tmp_path.glob(".*.max.npy.part"))
     part.write_bytes(part.read_bytes()[:keep])
     code, _, error = start("extract", tmp_path)
-    assert code == 2 and f"{part} is damaged or cut short" in error and error.strip().endswith("--overwrite starts anew")
+    assert code == 2 and f"{part} is damaged or cut short" in error
+    assert error.strip().endswith("--overwrite starts anew")
     assert start("extract", tmp_path, "--overwrite")[0] == 0

@@ -1,4 +1,5 @@
-"""Whatever bytes a file holds, the answer is data or one clear sentence: no traceback, no hang, nothing written elsewhere.
+"""Whatever bytes a file holds, the answer is data or one clear sentence: no traceback, no hang, nothing written
+elsewhere.
 
 500 cases in `make test`, 10,000 in `make prove`, which sets PROVE=1.
 """
@@ -26,14 +27,17 @@ from common import UserError
 
 TIMES = 20 if os.environ.get("PROVE") else 1
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-PIECES = [b"", b"\0", b"\t", b"\n", b"\r\n", b"\xff", b'"', b"9" * 30, b"-1", b"1e999", b"NaN", b"{", b"[[[[", "😀\u202e".encode(),
+PIECES = [b"", b"\0", b"\t", b"\n", b"\r\n", b"\xff", b'"', b"9" * 30, b"-1", b"1e999", b"NaN", b"{", b"[[[[",
+          "😀\u202e".encode(),
           b"../../x", b"\xef\xbb\xbf", b" " * 9, b"null", b"x" * 300]
-VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([-1, 0, 1, 7, 10 ** 30, 1.5, float("nan"), "", "x", "../../x", [], {}, [1],
+VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([-1, 0, 1, 7, 10 ** 30, 1.5, float("nan"), "", "x",
+                                                              "../../x", [], {}, [1],
                                                               ["a"], {"a": 1}, "a\n\tb", [[0]], "6+8"]))
 
 
 def cases(count):
-    return settings(max_examples=count * TIMES, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)
+    return settings(max_examples=count * TIMES, deadline=None, suppress_health_check=CHECKS, derandomize=True,
+                    database=None)
 
 
 @st.composite
@@ -99,9 +103,11 @@ def world(model_folder, tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         extract.main([*common, "--out", str(folder / "features")])
         train.main([*common, "--out", str(folder / "run"), "--layers", "1", "2", "--epochs", "1"])
-        grid_search.main(["--features", str(folder / "features"), "--out", str(folder / "grid"), "--layers", "1", "2", "--seeds", "1",
+        grid_search.main(["--features", str(folder / "features"), "--out", str(folder / "grid"), "--layers", "1", "2",
+                          "--seeds", "1",
                           "--epochs", "1", "--lr", "1e-3"])
-        evaluate.main([str(folder / "run"), "--data", str(folder / "data"), "--out", str(folder / "results"), "--resamples", "10"])
+        evaluate.main([str(folder / "run"), "--data", str(folder / "data"), "--out", str(folder / "results"),
+                       "--resamples", "10"])
     return folder
 
 
@@ -118,14 +124,16 @@ def archives(tmp_path_factory):
     """Small archives as XNLI's and MASSIVE's are."""
     folder = tmp_path_factory.mktemp("archives")
     with zipfile.ZipFile(folder / "mt.zip", "w") as file:
-        file.writestr("XNLI-MT-1.0/multinli/multinli.train.en.tsv", "premise\thypo\tlabel\n" + "A man\tA b\tneutral\n" * 3)
+        file.writestr("XNLI-MT-1.0/multinli/multinli.train.en.tsv",
+                      "premise\thypo\tlabel\n" + "A man\tA b\tneutral\n" * 3)
     rows = "".join(f"{language}\tneutral\tp{i}\th{i}\t{i}\n" for i in range(3) for language in ("en", "de"))
     with zipfile.ZipFile(folder / "xnli.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for split in ("dev", "test"):
             file.writestr(f"XNLI-1.0/xnli.{split}.tsv", "language\tgold_label\tsentence1\tsentence2\tpairID\n" + rows)
     with tarfile.open(folder / "massive.tar.gz", "w:gz") as file:
         for code in ("en-US", "de-DE"):
-            lines = [{"id": str(i), "partition": ("train", "dev", "test")[i % 3], "intent": "ab"[i // 3], "utt": f"text {i}"} for i in range(6)]
+            lines = [{"id": str(i), "partition": ("train", "dev", "test")[i % 3], "intent": "ab"[i // 3],
+                      "utt": f"text {i}"} for i in range(6)]
             content = "".join(json.dumps(line) + "\n" for line in lines).encode()
             info = tarfile.TarInfo(f"1.0/data/{code}.jsonl")
             info.size = len(content)
@@ -149,12 +157,14 @@ def test_archives(draw, archives):
 @cases(60)
 @given(draw=st.data())
 def test_feature_folders(draw, world):
-    name = draw.draw(st.sampled_from(["manifest.json", "manifest.json", "train.en.max.npy", "dev.de.labels.npy", "dev.de.max.npy"]))
+    name = draw.draw(st.sampled_from(["manifest.json", "manifest.json", "train.en.max.npy", "dev.de.labels.npy",
+                                      "dev.de.max.npy"]))
     path = world / "features" / name
     content = draw.draw(wrong_json(path.read_bytes()) if name.endswith("json") else broken(path.read_bytes()))
     out = world / "fuzzed-grid"
     with swapped(path, content):
-        answers(lambda: grid_search.main(["--features", str(world / "features"), "--out", str(out), "--layers", "1", "2", "--seeds", "1",
+        answers(lambda: grid_search.main(["--features", str(world / "features"), "--out", str(out), "--layers", "1",
+                                          "2", "--seeds", "1",
                                           "--epochs", "1", "--poolings", "max", "--overwrite"]))
     shutil.rmtree(out, ignore_errors=True)
 
@@ -162,8 +172,10 @@ def test_feature_folders(draw, world):
 @cases(120)
 @given(draw=st.data())
 def test_run_folders(draw, world):
-    name = draw.draw(st.sampled_from(["run.json", "run.json", "metrics.jsonl", "epochs/1/classifier.json", "epochs/1/config.json",
-                                      "epochs/1/classifier.safetensors", "epochs/1/tokenizer.json", "predictions/1/test.de.npy",
+    name = draw.draw(st.sampled_from(["run.json", "run.json", "metrics.jsonl", "epochs/1/classifier.json",
+                                      "epochs/1/config.json",
+                                      "epochs/1/classifier.safetensors", "epochs/1/tokenizer.json",
+                                      "predictions/1/test.de.npy",
                                       "predictions/1/origins.json"]))
     path = world / "run" / name
     content = draw.draw(wrong_json(path.read_bytes()) if ".json" in name else broken(path.read_bytes()))
@@ -172,7 +184,8 @@ def test_run_folders(draw, world):
         (world / "run" / "predictions").rename(kept)  # so that the model is read
     try:
         with swapped(path, content):
-            answers(lambda: evaluate.main([str(world / "run"), "--data", str(world / "data"), "--out", str(world / "out"), "--resamples", "5"]))
+            answers(lambda: evaluate.main([str(world / "run"), "--data", str(world / "data"), "--out",
+                                           str(world / "out"), "--resamples", "5"]))
     finally:
         if kept.exists():
             shutil.rmtree(world / "run" / "predictions", ignore_errors=True)
@@ -184,7 +197,8 @@ def test_run_folders(draw, world):
 def test_a_users_own_text(draw, world, model_folder):
     path = world / "mine.tsv"
     path.write_bytes(draw.draw(broken("text\tlabel\nmy money\trefund\n😀 \u202e x\tagent\n \tcancel\n".encode())))
-    answers(lambda: data.encode(data.load_tokenizer(model_folder), data.read_table(path, ["refund", "agent", "cancel"])[0], 32))
+    answers(lambda: data.encode(data.load_tokenizer(model_folder),
+                                data.read_table(path, ["refund", "agent", "cancel"])[0], 32))
 
 
 @cases(40)
@@ -193,7 +207,8 @@ def test_searches_and_their_parts(draw, world):
     name = draw.draw(st.sampled_from(["best.json", "results.csv", "parts/max.0.001.0.npz"]))
     path = world / "grid" / name
     with swapped(path, draw.draw(wrong_json(path.read_bytes()) if name == "best.json" else broken(path.read_bytes()))):
-        answers({"best.json": lambda: train.parse_args(["--model", "m", "--data", "d", "--out", "o", "--layers-from", str(path)]),
+        answers({"best.json": lambda: train.parse_args(["--model", "m", "--data", "d", "--out", "o", "--layers-from",
+                                                        str(path)]),
                  "results.csv": lambda: grid_search.read_grid(world / "grid"),
                  "parts/max.0.001.0.npz": lambda: grid_search.load_part(path, (3, 3, 4, 4))}[name])
 
@@ -218,7 +233,8 @@ def test_a_line_of_50_megabytes(tmp_path):
 def test_an_archive_cannot_write_elsewhere(archives, tmp_path):
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
-    with tarfile.open(inside / "amazon-massive-dataset-1.0.tar.gz", "w:gz") as file, tarfile.open(archives / "massive.tar.gz") as good:
+    with tarfile.open(inside / "amazon-massive-dataset-1.0.tar.gz", "w:gz") as file, \
+            tarfile.open(archives / "massive.tar.gz") as good:
         for name in ("../../x", "1.0/data/../../../x"):
             file.addfile(tarfile.TarInfo(name))
         for info in good:

@@ -1,7 +1,7 @@
 """Real processes, killed with SIGKILL at random moments and started again: the files are those of a run never stopped.
 
-Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for each script, half of them while a file is
-being written.
+Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for each script, half of them while a file
+is being written.
 """
 import json
 import os
@@ -33,13 +33,15 @@ def flags(script, world):
     model, data = ["--model", world / "model"], ["--data", world / "data"]
     return {"extract": [*model, *data, "--batch-size", 2, "--max-length", 32],
             "grid_search": ["--features", world / "features", "--layers", 1, 2, 3, 4, 5, "--seeds", 3, "--epochs", 16],
-            "train": [*model, *data, "--layers", 1, 3, "--freeze-layers", 0, 2, "--freeze-epoch", 1, "--epochs", 3, "--batch-size", 4,
+            "train": [*model, *data, "--layers", 1, 3, "--freeze-layers", 0, 2, "--freeze-epoch", 1, "--epochs", 3,
+                      "--batch-size", 4,
                       "--save-steps", 7, "--eval-steps", 40, "--max-length", 32, "--lr", "1e-3"]}[script]
 
 
 def start(arguments):
     script, *rest = map(str, arguments)
-    return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *rest], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *rest], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
@@ -79,7 +81,7 @@ def contents(script, out):
         elif path.name == "state.pt":
             state = torch.load(path, weights_only=True)
             state.pop("metrics")
-            found[name] = {k: v.tolist() for k, v in state["model"].items()} | {"rest": repr({k: v for k, v in state.items() if k != "model"})}
+            found[name] = {k: v.tolist() for k, v in state.pop("model").items()} | {"rest": repr(state)}
         elif path.suffix == ".npz":
             found[name] = np.load(path)["confusion"].tolist()  # beside it: seconds
         elif path.name == "run.json":
@@ -99,7 +101,8 @@ def test_killed_at_any_moment_and_started_again_is_as_never_stopped(script, worl
     expected, kills, out = contents(script, tmp_path / "unstopped"), 0, tmp_path / "0"
     while kills < KILLS:
         assert time.perf_counter() - began < 600, f"{kills} kills in ten minutes"
-        hit = killed(arguments, out, MARKER[script], dice.uniform(0, SECONDS[script] * 0.6), during_a_write=kills % 2 == 1)
+        hit = killed(arguments, out, MARKER[script], dice.uniform(0, SECONDS[script] * 0.6),
+                     during_a_write=kills % 2 == 1)
         kills += hit
         if not hit:  # it was done before: compare, and begin again
             assert contents(script, out) == expected
