@@ -455,11 +455,13 @@ def parse_args(argv):
     group.add_argument("--hidden", type=in_range(int, 0), default=0, help="units of a hidden layer (default: 0: none)")
     group.add_argument("--epochs", type=in_range(int, 1), default=20, help="passes over the train rows (default: 20)")
     group.add_argument("--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)")
-    group.add_argument("--lr", type=in_range(float, above=0), nargs="+", default=[1e-3], metavar="LR",
-                       help="Adam's learning rates to try (default: 1e-3)")
-    group.add_argument("--scale", choices=["layer", "none"], default="none",
+    group.add_argument("--lr", type=in_range(float, above=0), nargs="+", default=[1e-4, 3e-4, 1e-3],
+                       metavar="LR", help="Adam's learning rates: each combination stands at the one that is best for it "
+                                          "by --select (default: 1e-4 3e-4 1e-3)")
+    group.add_argument("--scale", choices=["layer", "none"], default="layer",
                        help="take each layer's mean off its features and divide them by one number, their spread over "
-                            "the train rows (layer), or take them as they are (none, the default)")
+                            "the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 the "
+                            "paper's plain way, 3,825 models)")
     group.add_argument("--dropout", type=in_range(float, 0, below=1), default=0.1,
                        help="on the classifier's input (default: 0.1)")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",

@@ -1,5 +1,7 @@
 """The demo's own commands, as the Makefile has them, on the shipped sample; and the README's."""
+import ast
 import csv
+import importlib
 import json
 import re
 import shlex
@@ -27,7 +29,6 @@ def demo_commands(out):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The folder of a demo that has run, and what each command printed."""
-    import importlib
     import io
     from contextlib import redirect_stdout
 
@@ -81,21 +82,38 @@ def test_every_figure_is_there(demo):
                                             "differences")}
 
 
-def test_the_readmes_commands_have_flags_that_exist():
+def test_the_readmes_commands_have_flags_that_exist(tmp_path):
     """Every command line of the README parses: the scripts' own parsers read it."""
-    import importlib
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    best = tmp_path / "best.json"
+    best.write_text('{"layers": [6, 8], "pooling": "max"}')
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").replace("grid/massive/best.json", str(best))
     blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = [line.split("#")[0].replace("$M", "some-model") for block in blocks for line in block.splitlines() if line.startswith("python ")]
-    commands = [shlex.split(line)[1:] for line in lines]
-    assert len(commands) >= 12
-    for script, *arguments in commands:
-        if script.startswith("sample/make_data"):
-            continue
-        import sys
-        sys.path.insert(0, str(ROOT / "sample"))
-        name = script.removesuffix(".py").removeprefix("sample/")
-        module = importlib.import_module("convert" if name == "data" else name)  # which has data.py's commands
-        arguments = [argument for argument in arguments if not argument.startswith("grid/massive/best")] \
-            if "--layers-from" not in arguments else [a for a in arguments if a != "--layers-from" and not a.endswith("best.json")]
-        module.parse_args(arguments)
+    lines = [line.split("#")[0].replace("$M", "some-model") for block in blocks for line in block.splitlines()
+             if line.startswith("python ")]
+    assert len(lines) >= 12
+    for line in lines:
+        script, *arguments = shlex.split(line)[1:]
+        importlib.import_module(script.removesuffix(".py")).parse_args(arguments)
+
+
+def test_the_readmes_own_folder_is_one(tmp_path, monkeypatch, script):
+    """The data set that step 1 writes by hand is read as it stands."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith(("mkdir -p data/mine", "printf ")) and "data/mine" in line]
+    subprocess.run("\n".join(lines), shell=True, check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = script("data", "check", "data/mine")
+    assert status == 0 and "train.en" in out and "dev.de" in out
+
+
+def test_who_imports_whom():
+    """common <- cpu, data, model <- the scripts <- plot, experiments; nothing else, and nothing inside a function."""
+    allowed = {"common": set(), "cpu": set(), "data": {"common"}, "model": {"common"}}
+    below = {"common", "cpu", "data", "model"}
+    allowed |= dict.fromkeys(("extract", "grid_search", "train", "evaluate"), below)
+    allowed["plot"] = below | {"grid_search", "evaluate"}
+    for name, may in allowed.items():
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+                    for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+        assert imported & set(allowed) <= may, name
