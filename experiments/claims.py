@@ -255,7 +255,7 @@ def main(argv=None):
 {runs["middle-layer"][1]}, {runs["upper-layers"][1]} to {top}
 - mc-bert: {args.pooling} pooling of layers {' '.join(map(str, args.layers))}, {args.epochs} epochs; -long: \
 {2 * args.epochs} epochs at a constant rate; -deep: a hidden layer of {args.hidden}
-- mc-bert-wf: layers {' '.join(map(str, args.freeze_layers))} frozen after {args.freeze_epoch} epochs
+- mc-bert-wf: layers {' '.join(map(str, args.freeze_layers))} frozen, --freeze-epoch {args.freeze_epoch}
 - A run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after each""")
     text += "\n" + "\n".join(searched) + "\n" if searched else ""
     write_json(out / "claims.json", result)

@@ -9,8 +9,8 @@
 # 10,000 pairs for 5 epochs take 42 minutes. The tables: RESULTS.md beside this file.
 #
 # The encoder is the hub's intfloat/multilingual-e5-small; where the hub cannot be reached, it is made from two
-# packages, whose weights of 4 bits are widened to float32 and nothing else (make_e5_small.py). By its authors' report it
-# has seen English NLI pairs in its own training: XNLI is easier for it than it should be.
+# packages, whose weights of 4 bits are widened to float32 and nothing else (make_e5_small.py). By its authors' report
+# it has seen English NLI pairs in its own training: XNLI is easier for it than it should be.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -70,7 +70,7 @@ if part search || part xnli; then
     done
 fi
 
-# Phase 2 on XNLI: the paper's three systems, and MC-BERT with the fair search's layers; each with the mean of its epochs.
+# Phase 2 on XNLI: the paper's three systems, and MC-BERT with the fair search's layers; each at its last epoch and mean.
 mc="--layers 6 8 11 --pooling max"
 if part xnli; then
     for seed in $SEEDS; do

@@ -5,10 +5,10 @@
 #     SEEDS="0 1 2" OUT=/disk/paper experiments/paper.sh
 #     MODEL=sample/model ARCHIVES=../shared/data FLAGS="--max-train-rows 200 --max-eval-rows 50" experiments/paper.sh
 #
-# The third is a trial. Stopped and started again with the same settings, it goes on where it was. In full it has not been
-# run yet: no M-BERT could be had. Sizes: archives 0.5 GB; M-BERT 0.7 GB; features of MASSIVE 0.7 GB; each run of phase 2
-# about 5 GB on disk (its state and up to five models). 392,702 pairs x 5 epochs are 6 hours on a V100 by the paper, about
-# a day on two CPU cores.
+# The third is a trial. Stopped and started again with the same settings, it goes on where it was. In full it has not
+# been run yet: no M-BERT could be had. Sizes: archives 0.5 GB; M-BERT 0.7 GB; features of MASSIVE 0.7 GB; each run of
+# phase 2 about 5 GB on disk (its state and up to five models). 392,702 pairs x 5 epochs are 6 hours on a V100 by the
+# paper, about a day on two CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
