@@ -161,9 +161,9 @@ def report(found, what):
     return (f"# The paper's conclusions on {found['data']}\n\nModel {found['model']}, trained on "
             f"{found['train_language']}, {found['seeds']} seed{'s' * (found['seeds'] > 1)}; {found['split']} set, "
             f"{len(found['others'])} other languages: {' '.join(found['others'])}.\n\n{what}\n\n"
-            "Differences of accuracy in points with the 95 % interval of the rows (clustered by premise); the verdict is\n"
-            "on the other languages' mean. Supported: the interval and every seed are above 0; not supported: all are\n"
-            "below. Where A is to gain nothing (upper-layers, mc-bert-deep), supported: the interval is below "
+            "Differences of accuracy in points with the 95 % interval of the rows (clustered by premise); the verdict "
+            "is\non the other languages' mean. Supported: the interval and every seed are above 0; not supported: all "
+            "are\nbelow. Where A is to gain nothing (upper-layers, mc-bert-deep), supported: the interval is below "
             f"{100 * MARGIN:g} point;\nnot supported: it and every seed are above 0. A control claims nothing: A is "
             "better or worse by the same rule.\n\n"
             + markdown_table(["", "conclusion", "A - B", "other languages", found["train_language"], "verdict"], lines)

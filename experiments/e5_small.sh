@@ -70,7 +70,7 @@ if part search || part xnli; then
     done
 fi
 
-# Phase 2 on XNLI: the paper's three systems, and MC-BERT with the fair search's layers; each at its last epoch and mean.
+# Phase 2 on XNLI: the paper's systems, and MC-BERT with the fair search's layers; each at its last epoch and its mean.
 mc="--layers 6 8 11 --pooling max"
 if part xnli; then
     for seed in $SEEDS; do

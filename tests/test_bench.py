@@ -26,7 +26,7 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_training_is_timed_by_its_steps_alone(model_folder, monkeypatch):
-    """Five steps an epoch that take 20 ms more each; evaluation and the mean's model that take a second more do not count."""
+    """Five steps an epoch that take 20 ms more each; an evaluation that takes a second more does not count."""
     evaluate, rate = train.evaluate, train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda *args: time.sleep(0.02) or rate(*args))
     monkeypatch.setattr(train, "evaluate", lambda *args: time.sleep(1) or evaluate(*args))
@@ -46,8 +46,8 @@ def test_it_runs_and_writes_every_part(tmp_path, script, monkeypatch):
     (data / "train.en.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(rows))
     model = make_model(tmp_path / "model", blocks=8, max_position_embeddings=130)
     status, out, error = script("experiments.bench", "--model", model, "--data", data, "--out", tmp_path / "out",
-                                "--rows", 33, "--batch-size", 8, "--search-rows", 60, "--token-rows", 100, "--repeats", 1,
-                                "--precision", "fp32")
+                                "--rows", 33, "--batch-size", 8, "--search-rows", 60, "--token-rows", 100,
+                                "--repeats", 1, "--precision", "fp32")
     assert status == 0, error
     found = json.loads((tmp_path / "out/bench.json").read_text())
     assert {row["goal"] for row in found["rows"]} == {"9", "3.5", "0.65", "20", "1", "6", "1.25", "0.5", "1.6", ""}

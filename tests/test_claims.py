@@ -71,14 +71,15 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(german, tmp
 
     long = arguments("mc-bert-long-seed0")
     assert (long["epochs"], long["schedule"], long["keep_all"]) == (2, "constant", True)
-    assert [arguments(f"{name}-seed0")["layers"] for name in ("last-layer", "middle-layer", "upper-layers", "mc-bert")] \
-        == [[12], [8], [*range(5, 13)], [6, 8, 11]]
+    for name, layers in (("last-layer", [12]), ("middle-layer", [8]), ("upper-layers", [*range(5, 13)]),
+                         ("mc-bert", [6, 8, 11])):
+        assert arguments(f"{name}-seed0")["layers"] == layers
     assert arguments("mc-bert-mix-seed1")["combine"] == "mix"
     row = next(row for row in rows if row["a"] == "mc-bert-long@half")  # its first epoch against its second
-    right = {epoch: [np.mean([np.load(out / f"runs/mc-bert-long-seed{seed}/predictions/{epoch}/test.{language}.npy").argmax(1)
-                              == classes(german, language) for language in ("en", "zh")]) for seed in (0, 1)]
-             for epoch in (1, 2)}
-    assert row["others"]["by_seed"] == pytest.approx(np.subtract(right[1], right[2]))
+    for seed in (0, 1):
+        first, second = ([np.load(out / f"runs/mc-bert-long-seed{seed}/predictions/{epoch}/test.{other}.npy").argmax(1)
+                          == classes(german, other) for other in ("en", "zh")] for epoch in (1, 2))
+        assert row["others"]["by_seed"][seed] == pytest.approx(np.mean(first) - np.mean(second))
 
     def no_training(*args):
         raise AssertionError("trained again")
@@ -115,8 +116,8 @@ def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(model_f
                                                                          monkeypatch):
     calls = []
     monkeypatch.setattr(train, "main", lambda arguments: calls.append(arguments) or 130)
-    assert script("experiments.claims", "--model", model_folder, "--data", data_folder, "--out", tmp_path, "--layers", 2,
-                  "--freeze-layers", 1)[0] == 130 and len(calls) == 1
+    assert script("experiments.claims", "--model", model_folder, "--data", data_folder, "--out", tmp_path,
+                  "--layers", 2, "--freeze-layers", 1)[0] == 130 and len(calls) == 1
     monkeypatch.setattr(claims, "read_run", lambda folder: ({"complete": False}, []))
     with pytest.raises(claims.UserError, match="is not finished"):
         claims.correctness(["x"], data_folder, "test", "last", {"en": None}, 8)
