@@ -362,7 +362,8 @@ def build(args, labels, pairs):
         note += " mixed" * (args.combine == "mix") + f", the {count - top} above cut off" * (top < count)
     readers = parameter_layers(encoder, top)
     for name, parameter in encoder.named_parameters():  # what the cut left and nobody reads
-        parameter.requires_grad = name in readers or args.head == "pooler"
+        if name not in readers and not (args.head == "pooler" and name.startswith("pooler.")):
+            parameter.requires_grad = False
     if shared := [f"{name} (layers {first} to {last})" for name, (first, last) in readers.items() if first < last]:
         note += f"\nread by several layers, frozen when all of these are: {', '.join(shared)}"
     for module in encoder.modules():
@@ -516,7 +517,7 @@ def main(argv=None):
         sets = {key: part._replace(ids=new_ids[part.ids]) for key, part in sets.items()}
         train_set = sets.pop(("train", source))
         model.to(device)
-        if device.type == "cpu":
+        if device.type == "cpu" and not args.compile:  # which fails on its views of random bits
             make_fast(model)
         if args.compile:
             model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew

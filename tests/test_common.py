@@ -372,3 +372,9 @@ def test_a_markdown_table_is_aligned_and_its_bars_are_escaped():
 def test_spread_is_that_of_a_sample():
     assert common.spread([1.0, 2.0, 6.0]) == pytest.approx(statistics.stdev([1, 2, 6]))
     assert common.spread([5.0]) == 0 and common.spread(np.ones((2, 3)), axis=0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("has, expected", [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert common.pick_precision("auto", torch.device("cuda")) == expected

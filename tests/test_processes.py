@@ -42,7 +42,7 @@ def commands(model, data, out):
     tuned = f"{source} --dropout 0 --batch-size 13 --lr 1e-3"
     frozen = "--layers 2 4 --freeze-layers 0 3 --freeze-epoch 1 --epochs 3 --eval-steps 1"
     pooler = "--head pooler --epochs 2 --accumulate 3"
-    search = "--layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32"
+    search = "--layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32 --lr 1e-3"
     return f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
 grid_search --features {out}/features --out {out}/grid {search}
 train {tuned} --out {out}/wf {frozen}

@@ -321,7 +321,7 @@ def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, m
     padded = sum(len(rows) * -(-max(lengths[i] for i in rows) // 8) * 8 for rows in train_batches(lengths, 13, 0, 0))
     assert lines[4] == (f"{count:,} parameters to train, 3 epochs of 5 steps, "
                         f"{1 - sum(lengths) / padded:.1%} of the tokens are padding")
-    assert lines[5] == "cpu, float32 products (as asked), attention: cpu"
+    assert lines[5].startswith("cpu, float32 products (as asked), attention: ")
 
 
 @pytest.mark.parametrize("flag, has, expected", [
@@ -337,7 +337,8 @@ def test_start_says_why_the_products_are_in_this_precision(flag, has, expected, 
     assert f"cpu, {expected}, attention: " in text
 
 
-def test_compiled_is_the_same_run_before_and_after_freezing(still_model, data_folder, tmp_path, monkeypatch):
+def test_compiled_is_the_same_run_before_and_after_freezing(model_folder, data_folder, tmp_path, monkeypatch):
+    """With PyTorch's own dropout in both: a compiled model does without cpu.py."""
     modes = []
 
     def compile_(self, **settings):  # inductor's kernels take a minute; what is traced and differentiated is this
@@ -345,10 +346,11 @@ def test_compiled_is_the_same_run_before_and_after_freezing(still_model, data_fo
         torch.nn.Module.compile(self, dynamic=True, backend="aot_eager")
 
     monkeypatch.setattr(train.Classifier, "compile", compile_)
-    flags = "--layers 0 1 --dropout 0 --freeze-layers 0 --freeze-epoch 1 --epochs 2"
+    flags = "--layers 0 1 --freeze-layers 0 --freeze-epoch 1 --epochs 2"
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    fine_tune(plain, still_model, data_folder, flags)
-    fine_tune(compiled, still_model, data_folder, flags, "--compile default")
+    fine_tune(compiled, model_folder, data_folder, flags, "--compile default")
+    monkeypatch.setattr(train, "make_fast", lambda model: None)
+    fine_tune(plain, model_folder, data_folder, flags)
     assert modes == [{"dynamic": True, "mode": "default"}]
     for mine, other in zip(metrics(compiled), metrics(plain), strict=True):
         assert mine.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-5)
