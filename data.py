@@ -128,7 +128,8 @@ def read_table(path, labels=None, unknown=False):
         lines = table_lines(file, path)
         header = next(lines)
         texts = ["text"] if "text" in header else ["text_a", "text_b"]
-        if not set(texts) <= set(header) or {"text", "text_a"} <= set(header) or len(set(header)) < len(header):
+        if not set(texts) <= set(header) or {"text", "text_a"} <= set(header) or len(set(header)) < len(header) \
+                or "\r" in "".join(header):  # old Mac line ends
             raise UserError(f"{path}, line 1: the header is {header[:6]}, expected text, or text_a and text_b, "
                             "and label, separated by tabs")
         columns = dict(zip(header, map(list, zip(*lines))))

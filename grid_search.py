@@ -498,7 +498,8 @@ def main(argv=None):
         raise UserError(f"{args.features}: the search needs train.{source} and a dev or test file, "
                         f"it holds {' '.join(stems)} (--train-language)")
     if args.select not in columns_of(columns, source):
-        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)}")
+        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)} "
+                        f"(possible: {' '.join(columns_of(columns, source))})")
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
         precision = torch.float32
