@@ -63,7 +63,7 @@ def first_line(error):
 
 
 def check_model_name(name):
-    """UserError for the name of a model that looks like a folder and is none: the hub would be asked for it, in vain."""
+    """UserError for a model's name that looks like a folder and is none: the hub would be asked for it, in vain."""
     path = Path(name)
     if not path.exists() and (len(path.parts) > 2 or str(name).startswith((".", "~")) or
                               path.parent.name and path.parent.is_dir()):
@@ -247,6 +247,9 @@ def start_folder(folder, name, script, description, noted, overwrite=False):
     if there and folder / name not in there:
         raise UserError(f"{folder} holds {there[0].name} but no {name}, so it is none that {script} made: "
                         "give another --out, or delete it yourself")
+    if there and f'"script": "{script}"' not in (folder / name).read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{folder / name} is none that {script} made: give another --out, or delete the folder "
+                        "yourself")
     for path in folder.iterdir() if overwrite else folder.rglob(".*.tmp"):  # what a killed process left half-written
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -256,7 +259,7 @@ def start_folder(folder, name, script, description, noted, overwrite=False):
             raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. "
                             "Give another --out, or --overwrite to delete it and start anew")
         return old["complete"]
-    write_json(folder / name, {"complete": False, **description, **noted})
+    write_json(folder / name, {"complete": False, "script": script, **description, **noted})
     return False
 
 

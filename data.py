@@ -234,7 +234,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except Exception as error:
-        why = "it has a SentencePiece file alone: pip install sentencepiece" if "tiktoken" in str(error) else first_line(error)
+        why = "its vocabulary is a SentencePiece file: pip install sentencepiece" if "tiktoken" in str(error) \
+            else first_line(error)
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {why}") from None
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")

@@ -310,7 +310,7 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
     """
     labels, languages = read_labels(data), paper_order(split_languages(data, split))
     if not languages:
-        raise UserError(f"{data} has no {split} file")
+        raise UserError(f"{data} has no {split} file (--split)")
     sets = read_sets(data, [(split, language) for language in languages], labels)
     sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
     count, folders = len(folders), [*folders, *translate]

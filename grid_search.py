@@ -128,7 +128,8 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
 def one_model(weights, layers, combination, seed):
     """One of the models of train_models() as a module: the features (B, D) of its layers, side by side -> (B, C).
 
-    layers: those of the features, in order; combination: some of them; seed: its place among the seeds.
+    layers: those of the features, in order (bit l is the l-th); combination: some of them; seed: its place among the
+    seeds. A grid keeps no weights: train them again, and give the module features scaled as those were (scaling()).
     """
     bits = [l for l, layer in enumerate(layers) if layer in combination]
     m, parts = sum(2 ** l for l in bits), []
@@ -456,8 +457,8 @@ def parse_args(argv):
     group.add_argument("--epochs", type=in_range(int, 1), default=20, help="passes over the train rows (default: 20)")
     group.add_argument("--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)")
     group.add_argument("--lr", type=in_range(float, above=0), nargs="+", default=[1e-4, 3e-4, 1e-3],
-                       metavar="LR", help="Adam's learning rates: each combination stands at the one that is best for it "
-                                          "by --select (default: 1e-4 3e-4 1e-3)")
+                       metavar="LR", help="Adam's learning rates: each combination stands at its best one by --select "
+                                          "(default: 1e-4 3e-4 1e-3)")
     group.add_argument("--scale", choices=["layer", "none"], default="layer",
                        help="take each layer's mean off its features and divide them by one number, their spread over "
                             "the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 the "

@@ -24,7 +24,8 @@ from common import UserError, autocast, check_model_name, first_line, read_json,
 
 # --- pooling: a new one is a line here, and all scripts have it --------------------------------------------------
 
-POOLINGS = {  # (B, T, D) float32 states, (B, T, 1) bool mask of the tokens, [CLS] and [SEP] included -> (B, D)
+# (B, T, D) float32 states, (B, T, 1) bool mask of the tokens, [CLS] and [SEP] included, padding on the right -> (B, D)
+POOLINGS = {
     "max": lambda states, tokens: states.masked_fill(~tokens, -torch.inf).amax(dim=1),
     "mean": lambda states, tokens: states.masked_fill(~tokens, 0).sum(dim=1) / tokens.sum(dim=1),
     "cls": lambda states, tokens: states[:, 0],
@@ -331,8 +332,10 @@ def load_model(folder):
     elif getattr(encoder, "pooler", None) is not None and not pretrained_pooler:
         raise UserError(f"{folder}: model.safetensors lacks the pooler that the head {settings['head']!r} reads")
     try:
-        if settings["head"] not in ("layers", "pooler") or settings["pooling"] not in POOLINGS:
-            raise UserError(f"head {settings['head']!r}, pooling {settings['pooling']!r}: unknown")
+        if settings["head"] not in ("layers", "pooler") or settings["pooling"] not in POOLINGS \
+                or settings["combine"] not in ("concat", "mix"):
+            raise UserError(f"head {settings['head']!r}, pooling {settings['pooling']!r} or combine "
+                            f"{settings['combine']!r}: unknown")
         check_layers(settings["layers"], len(blocks(encoder)), "layers")
         model = Classifier(encoder, **settings)
         missing, unexpected = model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"), strict=False)

@@ -108,7 +108,7 @@ def fit(args, model, tokenizer, train_set, sets, readers, out, dtype):
                 if not frozen and freezing_is_due(args.freeze_epoch, epoch, metrics, args.train_language):
                     frozen = sorted(args.freeze_layers)                                     # paper, section 1.6
                     for parameter in freeze_layers(model.encoder, frozen, readers):
-                        optimizer.state.pop(parameter, None)
+                        optimizer.state.pop(parameter, None)  # AdamW and clipping skip what has no gradient
                     trained = distributed(model)  # which waits for the gradients of trained parameters only
                     log.say(f"layers {' '.join(map(str, frozen))} are frozen from here on, {trainable(model):,} "
                             "parameters to train")

@@ -176,7 +176,7 @@ def test_the_same_job_goes_on_and_ends(tmp_path):
     (tmp_path / "part.npy").write_bytes(b"1")
     assert start(tmp_path, command="second") is False
     assert json.loads((tmp_path / "run.json").read_text()) == {
-        "complete": False, **JOB, "layers": [6, 8], "command": "first"}
+        "complete": False, "script": "train.py", **JOB, "layers": [6, 8], "command": "first"}
     common.finish_folder(tmp_path, "run.json")
     assert start(tmp_path) is True
     assert (tmp_path / "part.npy").read_bytes() == b"1"
@@ -236,14 +236,24 @@ def test_overwrite_starts_anew(tmp_path):
         (tmp_path / "epochs" / "1" / "x").touch()
         common.finish_folder(tmp_path, "run.json")
         assert start(tmp_path, {"model": "big"}, overwrite=True) is False
-    assert json.loads((tmp_path / "run.json").read_text()) == {"complete": False, "model": "big"}
+    assert json.loads((tmp_path / "run.json").read_text()) == {"complete": False, "script": "train.py", "model": "big"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
 
 
 def test_start_folder_says_when_its_note_is_broken(tmp_path):
-    (tmp_path / "run.json").write_text('{"model": "tiny"}')
+    (tmp_path / "run.json").write_text('{"script": "train.py"}')
     with pytest.raises(common.UserError, match=r"run.json: not what train.py writes \(complete\)"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_scripts_folder_is_left_alone(tmp_path, overwrite):
+    """A grid and a run both have a run.json: --overwrite of the one must not delete the other."""
+    common.start_folder(tmp_path, "run.json", "grid_search.py", JOB, {})
+    (tmp_path / "results.csv").write_text("hours")
+    with pytest.raises(common.UserError, match="run.json is none that train.py made: give another --out"):
+        start(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "results.csv").read_text() == "hours"
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):

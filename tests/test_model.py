@@ -579,6 +579,7 @@ BROKEN_MODELS = {
     "layers is a number": lambda folder: change_json(folder / "classifier.json", layers=3),
     "unknown pooling": lambda folder: change_json(folder / "classifier.json", pooling="median"),
     "unknown head": lambda folder: change_json(folder / "classifier.json", head="tail"),
+    "unknown way to combine": lambda folder: change_json(folder / "classifier.json", combine="sum"),
     "another head": lambda folder: change_json(folder / "classifier.json", head="pooler"),
     "fewer labels": lambda folder: change_json(folder / "classifier.json", labels=LABELS[:2]),
     "hidden is no number": lambda folder: change_json(folder / "classifier.json", hidden="many"),

@@ -349,7 +349,7 @@ def test_compiled_is_the_same_run_before_and_after_freezing(model_folder, data_f
     flags = "--layers 0 1 --freeze-layers 0 --freeze-epoch 1 --epochs 2"
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     fine_tune(compiled, model_folder, data_folder, flags, "--compile default")
-    monkeypatch.setattr(train, "make_fast", lambda model: None)
+    monkeypatch.setattr(train, "make_fast", lambda model: None, raising=False)  # cpu.py can be deleted
     fine_tune(plain, model_folder, data_folder, flags)
     assert modes == [{"dynamic": True, "mode": "default"}]
     for mine, other in zip(metrics(compiled), metrics(plain), strict=True):
