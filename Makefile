@@ -31,7 +31,7 @@ demo: .venv/run
 test: .venv/test
 	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
-# The long proofs: forty kills, and 10,000 cases of broken input.
+# The long proofs: thirty kills, and 10,000 cases of broken input.
 prove: export PROVE = 1
 prove: .venv/test
 	$(PY) -m pytest -q -n 2 --dist worksteal tests/robustness
