@@ -12,11 +12,11 @@ from transformers.masking_utils import eager_mask
 
 def make_fast(model):
     """Give a finished model, with weights loaded, this file's dropout and attention."""
-    AttentionInterface.register("cpu", attention)
-    AttentionMaskInterface.register("cpu", eager_mask)
+    AttentionInterface.register("cpu.py", attention)
+    AttentionMaskInterface.register("cpu.py", eager_mask)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation("cpu")  # DeBERTa, which has an attention of its own, stays as it is
+            module.set_attn_implementation("cpu.py")  # DeBERTa, which has an attention of its own, stays as it is
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
 

@@ -224,31 +224,37 @@ def parallel(sets):
     return all(rows.labels == first.labels for rows in others)
 
 
-def difference(right, baseline, sets, sources, resamples):
+def difference(right, baseline, sets, sources, resamples, paired=False):
     """A system against another on the same rows: {language: difference, interval, p-values}.
 
-    right, baseline: lists of each run's {language: (N,) bool}; sets: {language: Rows}. Where rows are parallel,
-    `others` is the mean over the languages that are not in `sources`, and resamples are of the same rows in every
-    language. The Holm correction is over the languages, not over it.
+    right, baseline: lists of each run's {language: (N,) bool}, `paired` when they are of the same seeds in the same
+    order: then `by_seed` is the difference of each seed. sets: {language: Rows}. Where rows are parallel, `others` is
+    the mean over the languages that are not in `sources`, and resamples are of the same rows in every language. The
+    Holm correction is over the languages, not over it.
     """
     shared = [language for language in sets if any(language in run for run in right)
               and any(language in run for run in baseline)]
+    together = shared and parallel({language: sets[language] for language in shared})
 
     def mean(runs, language):
         return np.mean([run[language] for run in runs if language in run], axis=0)
 
-    columns = {language: mean(right, language) - mean(baseline, language) for language in shared}
-    groups = [[language] for language in shared]
-    if shared and parallel({language: sets[language] for language in shared}):
+    def by_row(right, baseline):
+        columns = {language: mean(right, language) - mean(baseline, language) for language in shared}
         others = [columns[language] for language in shared if language not in sources]
-        columns |= {"others": np.mean(others, axis=0)} if len(others) > 1 else {}
-        groups = [list(columns)]
+        return columns | ({"others": np.mean(others, axis=0)} if together and len(others) > 1 else {})
+
+    columns = by_row(right, baseline)
+    groups = [list(columns)] if together else [[language] for language in shared]
     rows = {}
     for group in groups:
         clusters = premise_clusters(sets[next((source for source in sources if source in group), group[0])])
         found = bootstrap_difference(np.stack([columns[name] for name in group], axis=1), clusters, resamples)
         rows |= {name: dict(zip(("difference", "low", "high", "p"), map(float, values)))
                  for name, values in zip(group, zip(*found))}
+    for a, b in zip(right, baseline) if paired else ():
+        for name, values in by_row([a], [b]).items():
+            rows[name].setdefault("by_seed", []).append(float(values.mean()))
     for language, p in zip(shared, holm([rows[language]["p"] for language in shared])):
         rows[language]["p_holm"] = float(p)
         if len(right) == len(baseline) == 1:
@@ -274,16 +280,16 @@ def check_run(folder, run, labels, rows, name):
 
 
 def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, batch_size):
-    """One run in some languages: what results.json says of it, and whether it is right on each row under the first of
-    the protocols, {language: (N,) bool}. sets: {language: Rows}."""
-    source, found, rights = run["arguments"]["train_language"], {}, []
+    """One run in some languages: what results.json says of it, and whether it is right on each row under each protocol,
+    {protocol: {language: (N,) bool}}. sets: {language: Rows}."""
+    source, found, rights = run["arguments"]["train_language"], {}, {}
     for name in protocols:
         epochs = choose_epochs(metrics, name, languages, source, folder)
         logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-        rights.append({language: values.argmax(1) == sets[language].labels for language, values in logits.items()})
-        found[name] = {"epochs": epochs, "accuracy": {language: float(r.mean()) for language, r in rights[-1].items()}}
+        rights[name] = {language: values.argmax(1) == sets[language].labels for language, values in logits.items()}
+        found[name] = {"epochs": epochs, "accuracy": {key: float(value.mean()) for key, value in rights[name].items()}}
     return {"run": str(folder), "seed": run["arguments"]["seed"], "train_language": source, **found[protocols[0]],
-            "protocols": found}, rights[0]
+            "protocols": found}, rights
 
 
 def average(scores, languages, of=np.mean):
@@ -293,14 +299,13 @@ def average(scores, languages, of=np.mean):
 
 
 def run_warnings(folder, run, metrics, accuracy, sets):
-    """A sentence for a run that is not finished, and for each language in which it is near the largest class."""
+    """A sentence for a run that is not finished, and for one that is near the largest class in some language."""
     if not run["complete"]:
         yield f"{folder} is not finished: its last epoch so far is {max(row['epoch'] for row in metrics)}"
-    for language, value in accuracy.items():
-        chance = np.bincount(sets[language].labels).max() / len(sets[language].labels)
-        if value < chance + 0.02:
-            yield (f"{folder} has {100 * value:.1f} in {language}, within 2 points of chance "
-                   f"({100 * chance:.1f}, the largest class): it learned nothing that carries over")
+    chance = {language: np.bincount(sets[language].labels).max() / len(sets[language].labels) for language in accuracy}
+    if low := [f"{language} {100 * value:.1f} ({100 * chance[language]:.1f})" for language, value in accuracy.items()
+               if value < chance[language] + 0.02]:
+        yield f"{folder} is within 2 points of chance (the largest class) or below in {', '.join(low)}"
 
 
 def compare(folders, translate, data, split, protocols, baseline, max_rows, batch_size, resamples):
@@ -315,7 +320,7 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
     sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
     count, folders = len(folders), [*folders, *translate]
     runs, metrics = zip(*map(read_run, folders))
-    sources = [run["arguments"]["train_language"] for run in runs]
+    sources, seeds = ([run["arguments"][key] for run in runs] for key in ("train_language", "seed"))
     for folder, run in zip(folders, runs):
         check_run(folder, run, labels, sets[languages[0]], data)
     for folder, source in zip(translate, sources[count:]):
@@ -330,18 +335,25 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
     scores, right = zip(*(evaluate_run(folder, run, rows, languages if i < count else [source], sets, data, split,
                                        protocols, batch_size)
                           for i, (folder, run, rows, source) in enumerate(zip(folders, runs, metrics, sources))))
-    systems = []
+    groups = {name: sorted(members, key=seeds.__getitem__) for name, members in groups.items()}
+
+    def against(mine, protocol, theirs, other):
+        paired = len(mine) > 1 and max(mine + theirs) < count and [seeds[i] for i in mine] == [seeds[i] for i in theirs]
+        return difference([right[i][protocol] for i in mine], [right[i][other] for i in theirs], sets, sources[:count],
+                          resamples, paired)
+
+    systems, first = [], protocols[0]
     for name, members in groups.items():
         shown = [scores[i]["accuracy"] for i in members]
         systems.append({"name": name, "train_language": sources[members[0]] if members[0] < count else None,
                         "runs": [scores[i] for i in members], "mean": average(shown, languages),
                         "std": average(shown, languages, spread),
                         "protocols": {p: average([scores[i]["protocols"][p]["accuracy"] for i in members], languages)
-                                      for p in protocols}})
+                                      for p in protocols},
+                        "protocol_differences": {p: against(members, p, members, first) for p in protocols[1:]}})
         if name != baseline:
-            systems[-1]["difference"] = difference([right[i] for i in members], [right[i] for i in groups[baseline]],
-                                                   sets, sources[:count], resamples)
-    return {"data": str(data), "split": split, "epoch": protocols[0],
+            systems[-1]["difference"] = against(members, first, groups[baseline], first)
+    return {"data": str(data), "split": split, "epoch": first,
             "rows": {language: len(rows.labels) for language, rows in sets.items()}, "parallel": parallel(sets),
             "baseline": baseline, "resamples": resamples, "systems": systems,
             "warnings": [sentence for folder, run, rows, score in zip(folders, runs, metrics, scores)
@@ -364,13 +376,19 @@ def report(results):
         text += ("\nThe same runs at the epoch that each protocol chooses, source language / mean of the others.\n"
                  + ";\n".join(f"`{p}`: {what}" for p, what in meaning.items())
                  + f".\n\n{protocol_table(systems, meaning)}\n")
-    if any(system.get("difference") for system in systems):
-        text += (f"\nDifference to {results['baseline']}, in points, with its 95 % interval: paired bootstrap of the "
-                 f"rows, clustered by premise, {results['resamples']:,} resamples.\n* p < 0.05 after Holm's correction "
-                 "over the languages; " + ("`others`: mean of the languages that are not the source, not corrected."
-                                           if results["parallel"] else
-                                           "the languages' rows are no translations: no mean over them.")
-                 + f"\n\n{difference_table(systems, [*rows, 'others'])}\n")
+    tables = {results["baseline"]: {system["name"]: system.get("difference") for system in systems},
+              f"the same runs at `{results['epoch']}`": {f"{system['name']}, {p}": found for system in systems
+                                                         for p, found in system["protocol_differences"].items()}}
+    for to, found in tables.items():
+        found = {name: entries for name, entries in found.items() if entries}
+        if found:
+            text += f"\nDifference to {to}, in points:\n\n{difference_table(found, [*rows, 'others'])}\n"
+    if "\nDifference" in text:
+        mean = "`others`: mean of the languages that are not the source, not corrected." if results["parallel"] else \
+            "the languages' rows are no translations: no mean over them."
+        text += ("\nIn brackets the 95 % interval: paired bootstrap of rows (whole premises where texts are pairs),\n"
+                 f"{results['resamples']:,} resamples, of the seeds' mean. * p < 0.05 after Holm's correction over the "
+                 f"languages;\n{mean}\n")
     return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
 
 
@@ -408,17 +426,19 @@ def protocol_table(systems, protocols):
         for system in systems])
 
 
-def difference_table(systems, columns):
-    """Points, interval and a star where it is significant, for each system that is compared."""
-    found = {system["name"]: system["difference"] for system in systems if system.get("difference")}
+def difference_table(found, columns):
+    """Points, interval and a star where it is significant, for {name: what difference() gave}; `others` by seed too."""
     columns = [column for column in columns if any(column in entries for entries in found.values())]
 
     def cell(entry):
         return entry and (f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
                           + "*" * (entry.get("p_holm", entry["p"]) < 0.05))
 
-    return markdown_table(["system", *columns], [
-        [name, *(cell(entries.get(column)) or "" for column in columns)] for name, entries in found.items()])
+    by_seed = [" ".join(f"{100 * value:+.1f}" for value in entries.get("others", {}).get("by_seed", ()))
+               for entries in found.values()]
+    rows = [[name, *(cell(entries.get(column)) or "" for column in columns), *[seeds] * any(by_seed)]
+            for (name, entries), seeds in zip(found.items(), by_seed)]
+    return markdown_table(["system", *columns, *["others, each seed"] * any(by_seed)], rows)
 
 
 # --- a user's own text -------------------------------------------------------------------------------------------

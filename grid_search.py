@@ -279,7 +279,7 @@ def summary(results, chosen, oracle, select, hidden, seconds):
                 f"{mean[best] - mean[single]:+.2f}"]
 
     top = [[place, keys[g][0], joined(keys[g][1]), f"{keys[g][2]:g}",
-            *(number(value) for x in (score[g], test[g]) for value in (x.mean(), spread(x)))]
+            *(number(value) for x in (score[g], test[g]) for value in (x.mean(), spread(x) if len(x) > 1 else np.nan))]
            for place, g in enumerate(order[:10], 1)]
     by_rate = [[f"{lr:g}", *conclusions([g for g, key in enumerate(keys) if key[2] == lr])] for lr in rates]
     by_rate += [["each at its best", *conclusions(order)]] * (len(rates) > 1)

@@ -388,8 +388,8 @@ def describe(args, model, count, note, dtype, lengths):
         print(f"freezing layer {' '.join(map(str, noop))} is a no-op: "
               "it is above the highest layer pooled and was cut off")
     print(f"{len(model.encoder.kept_rows):,} of {len(model.encoder.whole_table):,} word pieces are in the data; "
-          f"the others rest\n{trainable(model):,} parameters to train, {args.epochs} epochs of {len(batches):,} steps, "
-          f"{1 - lengths.sum() / padded:.1%} of the tokens are padding\n"
+          f"the others stay as they are\n{trainable(model):,} parameters to train, {args.epochs} epochs of "
+          f"{len(batches):,} steps, {1 - lengths.sum() / padded:.1%} of the tokens are padding\n"
           f"{f'{world} processes on {device.type}' if world > 1 else device}, {str(dtype).removeprefix('torch.')} "
           f"products ({reason}), attention: {model.encoder.config._attn_implementation}")
 

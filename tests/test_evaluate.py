@@ -340,8 +340,8 @@ def test_a_run_near_chance_is_called_out(right, warned, run, data, tmp_path):
         np.save(run / "predictions" / "3" / f"test.{language}.npy", np.eye(4, dtype=np.float32)[predicted])
     results, text = tabulate(tmp_path / "two", data, run)
     assert results["systems"][0]["mean"] == {"en": 1.0, "zh": 1.0, "de": right / 100}
-    assert ("within 2 points of chance (50.0" in text) == warned
-    assert len(results["warnings"]) == warned and all(f"has {right}.0 in de" in line for line in results["warnings"])
+    assert ("within 2 points of chance" in text) == warned
+    assert len(results["warnings"]) == warned and all(f"below in de {right}.0 (50.0)" in line for line in results["warnings"])
 
 
 def test_a_run_that_is_not_finished_is_called_out(run, data, tmp_path):
@@ -586,6 +586,30 @@ def test_differences_are_those_of_the_saved_logits(runs, data_folder, tmp_path):
     assert {"p_mcnemar"} <= set(single["systems"][1]["difference"]["de"])
 
 
+def test_each_seeds_difference_stands_beside_the_interval(runs, data_folder, tmp_path):
+    """Two systems with seeds 0 and 1, in whatever order; another system without the same seeds has none."""
+    tabulate(tmp_path / "first", data_folder, runs / "wf-seed0", runs / "wf-seed1")
+    for seed in (0, 1):
+        folder = shutil.copytree(runs / f"wf-seed{seed}", tmp_path / f"other-seed{seed}")
+        run = json.loads((folder / "run.json").read_text())
+        run["arguments"]["dropout"] = 0.2
+        (folder / "run.json").write_text(json.dumps(run))
+        for language in ("zh", "de"):  # seed + 1 rows that were right are wrong
+            path = next(folder.glob(f"predictions/*/test.{language}.npy"))
+            logits, truth = np.load(path), [label for _, label in read_rows(Path(data_folder) / f"test.{language}.tsv")]
+            for i in np.flatnonzero(logits.argmax(1) == truth)[:seed + 1]:
+                logits[i] = -logits[i]
+            np.save(path, logits)
+    results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", runs / "wf-seed1", tmp_path / "other-seed1",
+                             tmp_path / "other-seed0", runs / "baseline", "--resamples", 50)
+    _, other, baseline = (system.get("difference") for system in results["systems"])
+    rows = results["rows"]["de"]
+    assert other["others"]["by_seed"] == pytest.approx([-1 / rows, -2 / rows]) and other["en"]["by_seed"] == [0, 0]
+    assert other["others"]["difference"] == pytest.approx(-1.5 / rows)
+    assert "others, each seed" in text and f" {-100 / rows:+.1f} {-200 / rows:+.1f} |" in text
+    assert "by_seed" not in baseline["others"]
+
+
 def test_differences_need_no_model_once_logits_are_saved(runs, data_folder, tmp_path, monkeypatch):
     names = [runs / "baseline", runs / "wf-seed0"]
     tabulate(tmp_path / "one", data_folder, *names)
@@ -647,6 +671,13 @@ def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, 
         assert shown["systems"][0]["mean"] == results["systems"][0]["protocols"][name]
         english, others = shown["systems"][0]["mean"]["en"], np.mean([shown["systems"][0]["mean"][l] for l in ("de", "zh")])
         assert f"{100 * english:.1f} / {100 * others:.1f}" in text
+        if name != "joint":
+            gaps = results["systems"][0]["protocol_differences"][name]
+            assert gaps["others"]["low"] <= gaps["others"]["difference"] <= gaps["others"]["high"]
+            for language, gap in gaps.items():
+                if language != "others":
+                    assert gap["difference"] == pytest.approx(shown["systems"][0]["mean"][language] - run["accuracy"][language])
+    assert "Difference to the same runs at `joint`" in text and "| wf-seed0, oracle |" in text
 
 
 # --- the source language -----------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, m
     assert lines[2] == "freezing layer 5 is a no-op: it is above the highest layer pooled and was cut off"
     used = int(lines[3].split(" of ")[0])
     there = AutoTokenizer.from_pretrained(model_folder).vocab_size
-    assert lines[3] == f"{used} of {there} word pieces are in the data; the others rest"
+    assert lines[3] == f"{used} of {there} word pieces are in the data; the others stay as they are"
     count -= 36 * (there - used)
     padded = sum(len(rows) * -(-max(lengths[i] for i in rows) // 8) * 8 for rows in train_batches(lengths, 13, 0, 0))
     assert lines[4] == (f"{count:,} parameters to train, 3 epochs of 5 steps, "
