@@ -10,13 +10,14 @@ Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a
 Paper   section 1.9.
 """
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 import train
 from common import UserError, cli, in_range, markdown_table, write_atomic, write_json
-from data import read_labels, read_sets, split_languages, train_language
+from data import read_labels, read_sets, split_languages, take, train_language
 from evaluate import bootstrap_difference, choose_epochs, paper_order, parallel, premise_clusters, read_run, run_logits
 from grid_search import at_best_rate, mean_of_others, read_grid
 from model import POOLINGS, blocks, check_layers, load_encoder
@@ -123,21 +124,18 @@ def phase_one(folder, split):
             f"- (5) best combination, chosen on these sets: {top(scores)}"]
 
 
-def correctness(folders, data, split, epoch, sets, batch_size):
-    """Whether each run is right on each row: (runs, rows, languages) 0 or 1.
+def correctness(folder, data, split, epoch, sets, batch_size):
+    """Whether a run is right on each row: (rows, languages) 0 or 1.
 
     epoch: last, mean, or half of the last; sets: {language: Rows}.
     """
-    right = []
-    for folder in folders:
-        run, metrics = read_run(folder)
-        if not run["complete"]:
-            raise UserError(f"{folder} is not finished: give the same command again")
-        protocol = str(run["arguments"]["epochs"] // 2) if epoch == "half" else epoch
-        epochs = choose_epochs(metrics, protocol, sets, run["arguments"]["train_language"], folder)
-        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-        right.append(np.stack([logits[language].argmax(1) == rows.labels for language, rows in sets.items()], axis=1))
-    return np.stack(right).astype(float)
+    run, metrics = read_run(folder)
+    if not run["complete"]:
+        raise UserError(f"{folder} is not finished: give the same command again")
+    protocol = str(run["arguments"]["epochs"] // 2) if epoch == "half" else epoch
+    epochs = choose_epochs(metrics, protocol, sets, run["arguments"]["train_language"], folder)
+    logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
+    return np.stack([logits[language].argmax(1) == rows.labels for language, rows in sets.items()], axis=1) * 1.0
 
 
 def compare(a, b, clusters, source, resamples):
@@ -183,7 +181,14 @@ def parse_args(argv):
     parser.add_argument("--train-language", metavar="LANG",
                         help="source language (default: en, or the only one there is)")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
+    parser.add_argument("--max-rows", type=in_range(int, 1), metavar="N",
+                        help="compare on N rows of each file, spread evenly (default: all)")
+    parser.add_argument("--drop-models", action="store_true", help="delete each run's weights once its predictions are "
+                        "saved (epochs/ and resume/: several times the encoder's size a run)")
     parser.add_argument("--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)")
+    parser.add_argument("--first-seed", type=in_range(int, 0), default=0, metavar="S",
+                        help="seeds S, S + 1, ...: several calls can share the work, and a last one over all seeds "
+                             "trains nothing (default: 0)")
     parser.add_argument("--epochs", type=in_range(int, 1), default=5,
                         help="passes over the train rows; twice as many for conclusion 1 (default: 5)")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
@@ -196,7 +201,7 @@ def parse_args(argv):
     parser.add_argument("--batch-size", type=in_range(int, 1), default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
-        parser.error("--seed: each system is trained with seeds 0, 1, ...; --seeds says how many")
+        parser.error("--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, --first-seed which")
     if args.freeze_epoch != "auto" and not (args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs):
         parser.error(f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), or auto")
     return args, more
@@ -210,7 +215,7 @@ def main(argv=None):
         raise UserError(f"{args.data}: {args.split} is needed in {source} and in another language, "
                         f"it is there in: {' '.join(languages)}")
     sets = read_sets(args.data, [(args.split, language) for language in languages], read_labels(args.data))
-    sets = {language: rows for (_, language), rows in sets.items()}
+    sets = {language: take(rows, args.max_rows) for (_, language), rows in sets.items()}
     if not parallel(sets):
         raise UserError(f"{args.data}: the {args.split} rows of {' '.join(languages)} are no translations of each "
                         "other, and the verdicts are on the languages' mean, row by row (evaluate.py compares systems "
@@ -220,30 +225,32 @@ def main(argv=None):
     check_layers(args.layers, top, "--layers")
     check_layers(args.freeze_layers, top, "--freeze-layers")
     recipe = top, args.layers, args.pooling, args.freeze_layers, args.freeze_epoch
-    comparisons, folders = list(CONCLUSIONS), {}
-    for seed in range(args.seeds):
-        runs = systems(*recipe, args.hidden, args.epochs)
-        if args.controls:
-            added = controls(*recipe, args.epochs, seed)
-            runs |= {name: flags for name, (flags, _, _) in added.items()}
+    right = {}  # {system or system@epoch: for each seed, (rows, languages)}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        added = controls(*recipe, args.epochs, seed) if args.controls else {}
+        comparisons = CONCLUSIONS + [("", f"control: {what}", name, other, "control")
+                                     for name, (_, what, other) in added.items()]
+        compared = dict.fromkeys(name for _, _, *pair, _ in comparisons for name in pair)
+        runs = systems(*recipe, args.hidden, args.epochs) | {name: flags for name, (flags, _, _) in added.items()}
         for name, flags in runs.items():
-            folders.setdefault(name, []).append(out / "runs" / f"{name}-seed{seed}")
+            folder = out / "runs" / f"{name}-seed{seed}"
             print(f"\n== {name}, seed {seed} ==")
             status = train.main([str(flag) for flag in (
-                "--model", args.model, "--data", args.data, "--out", folders[name][-1], "--seed", seed,
-                "--train-language", source, "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
+                "--model", args.model, "--data", args.data, "--out", folder, "--seed", seed, "--train-language", source,
+                "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
             if status:  # stopped by a signal
                 return status
-    if args.controls:
-        comparisons += [("", f"control: {what}", name, other, "control") for name, (_, what, other) in added.items()]
-    clusters, right, rows = premise_clusters(sets[source]), {}, []
+            for one in compared:
+                system, _, epoch = one.partition("@")
+                if system == name:
+                    right.setdefault(one, []).append(correctness(folder, args.data, args.split, epoch or "last", sets,
+                                                                 args.batch_size))
+            if args.drop_models:
+                shutil.rmtree(folder / "epochs", ignore_errors=True)
+                shutil.rmtree(folder / "resume", ignore_errors=True)
+    clusters, rows = premise_clusters(sets[source]), []
     for number, claim, a, b, way in comparisons:
-        for name in (a, b):
-            if name not in right:
-                system, _, epoch = name.partition("@")
-                right[name] = correctness(folders[system], args.data, args.split, epoch or "last", sets,
-                                          args.batch_size)
-        found = compare(right[a], right[b], clusters, languages.index(source), args.resamples)
+        found = compare(np.stack(right[a]), np.stack(right[b]), clusters, languages.index(source), args.resamples)
         said = verdict(found["others"]["low"], found["others"]["high"], found["others"]["by_seed"], way)
         rows.append({"number": number, "claim": claim, "a": a, "b": b, **found,
                      "verdict": WORDS[said] if way == "control" else said})

@@ -23,7 +23,8 @@ LARGE_ROWS=${LARGE_ROWS:-52110}       # of large: two epochs, one seed
 TRANSLATE_ROWS=${TRANSLATE_ROWS:-9000}
 RATES=${RATES:-1e-4 3e-4 1e-3}         # of the fair search: its defaults
 DEV_ROWS=${DEV_ROWS:-500}             # of each language, while training
-CLAIMS=${CLAIMS:---seeds 2 --controls --max-train-rows 4000 --max-eval-rows 200}
+CLAIMS_SEEDS=${CLAIMS_SEEDS:-2}       # seeds 0, 1, ...
+CLAIMS=${CLAIMS:---lr 1e-4 --max-train-rows 4000 --max-eval-rows 200 --max-rows 1000}
 JOBS=${JOBS:-1}                       # runs of train.py at a time; when several, each has one thread
 ARCHIVES=${ARCHIVES:-}                # a folder that holds the archives (default: download them)
 MODEL=${MODEL:-}                      # another encoder with 12 blocks
@@ -118,5 +119,10 @@ fi
 # The eight conclusions and the controls, on all 60 intents.
 if part claims; then
     grid=$([ ! -f "$OUT/grid-fair/best.json" ] || echo "--grid $OUT/grid-fair")
-    $PY -m experiments.claims --model "$MODEL" --data "$OUT/data/massive60" --out "$OUT/claims" --lr 5e-5 $grid $CLAIMS
+    claims="$PY -m experiments.claims --model $MODEL --data $OUT/data/massive60 --out $OUT/claims --controls"
+    claims+=" --drop-models $grid $CLAIMS"
+    for ((seed = 0; seed < CLAIMS_SEEDS; seed++)); do
+        echo "$claims --seeds 1 --first-seed $seed"
+    done | at_once
+    $claims --seeds "$CLAIMS_SEEDS"
 fi

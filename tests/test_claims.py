@@ -90,6 +90,15 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(german, tmp
     assert json.loads((out / "claims.json").read_text()) == written
     status, _, error = script(*flags, "--dropout", 0.3)
     assert status == 2 and "dropout was 0.1, is now 0.3" in error
+    assert script(*flags, "--max-rows", 3)[0] == 0
+    assert len(np.load(out / "runs/mc-bert-seed1/predictions/mean/test.zh.npy")) == 3
+    status, once, _ = script(*flags, "--seeds", 1, "--first-seed", 1)
+    assert status == 0 and once.count("is complete already") == len(expected) and "seed 0" not in once
+    for _ in range(2):
+        assert script(*flags, "--drop-models")[0] == 0 and not [*out.rglob("*.safetensors"), *out.rglob("state.pt")]
+        assert json.loads((out / "claims.json").read_text()) == written
+    status, _, error = script(*flags, "--max-rows", 3)
+    assert status == 2 and "baseline-seed0 did not keep epoch 1, but none" in error
 
 
 def classes(folder, language):
@@ -120,7 +129,7 @@ def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(model_f
                   "--layers", 2, "--freeze-layers", 1)[0] == 130 and len(calls) == 1
     monkeypatch.setattr(claims, "read_run", lambda folder: ({"complete": False}, []))
     with pytest.raises(claims.UserError, match="is not finished"):
-        claims.correctness(["x"], data_folder, "test", "last", {"en": None}, 8)
+        claims.correctness("x", data_folder, "test", "last", {"en": None}, 8)
 
 
 def test_the_controls_freeze_at_other_epochs_and_draw_other_layers_for_each_seed():
