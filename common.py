@@ -308,7 +308,12 @@ def start_processes():
     """Join the processes of torchrun, when there are several. Returns (rank, how many there are)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise UserError(f"WORLD_SIZE is {world} and RANK is not set: start with torchrun, or unset it")
         if torch.cuda.is_available():
+            if pick_device().index >= torch.cuda.device_count():
+                raise UserError(f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}: "
+                                "lower --nproc-per-node")
             torch.cuda.set_device(pick_device())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=timedelta(days=7))  # one may evaluate or search while the others wait

@@ -337,20 +337,20 @@ def compare(folders, translate, data, split, protocols, baseline, max_rows, batc
                           for i, (folder, run, rows, source) in enumerate(zip(folders, runs, metrics, sources))))
     groups = {name: sorted(members, key=seeds.__getitem__) for name, members in groups.items()}
 
-    def against(mine, protocol, theirs, other):
+    def against(mine, protocol, theirs, other, sources=sources[:count]):
         paired = len(mine) > 1 and max(mine + theirs) < count and [seeds[i] for i in mine] == [seeds[i] for i in theirs]
-        return difference([right[i][protocol] for i in mine], [right[i][other] for i in theirs], sets, sources[:count],
+        return difference([right[i][protocol] for i in mine], [right[i][other] for i in theirs], sets, sources,
                           resamples, paired)
 
     systems, first = [], protocols[0]
     for name, members in groups.items():
-        shown = [scores[i]["accuracy"] for i in members]
+        shown, own = [scores[i]["accuracy"] for i in members], {sources[i] for i in members}
         systems.append({"name": name, "train_language": sources[members[0]] if members[0] < count else None,
                         "runs": [scores[i] for i in members], "mean": average(shown, languages),
                         "std": average(shown, languages, spread),
                         "protocols": {p: average([scores[i]["protocols"][p]["accuracy"] for i in members], languages)
                                       for p in protocols},
-                        "protocol_differences": {p: against(members, p, members, first) for p in protocols[1:]}})
+                        "protocol_differences": {p: against(members, p, members, first, own) for p in protocols[1:]}})
         if name != baseline:
             systems[-1]["difference"] = against(members, first, groups[baseline], first)
     return {"data": str(data), "split": split, "epoch": first,
@@ -384,7 +384,7 @@ def report(results):
         if found:
             text += f"\nDifference to {to}, in points:\n\n{difference_table(found, [*rows, 'others'])}\n"
     if "\nDifference" in text:
-        mean = "`others`: mean of the languages that are not the source, not corrected." if results["parallel"] else \
+        mean = "`others`: mean of the languages that are no source, not corrected." if results["parallel"] else \
             "the languages' rows are no translations: no mean over them."
         text += ("\nIn brackets the 95 % interval: paired bootstrap of rows (whole premises where texts are pairs),\n"
                  f"{results['resamples']:,} resamples, of the seeds' mean. * p < 0.05 after Holm's correction over the "

@@ -198,8 +198,8 @@ def check_tokens(encoder, ids):
 def keep_tokens(encoder, ids, pad_id):
     """Keep only the rows of the word embeddings that the token `ids` use, and those up to [PAD], whose number stays.
 
-    The others get no gradient and rest, under weight decay too; yet Adam, clipping and the gradient itself would go
-    over all of them at every step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32.
+    The others get no gradient and stay as they are; yet Adam, clipping and the gradient itself would go over all of
+    them at every step. save_model() puts the rows back. Returns the new id of each old one, (V,) int32.
     """
     check_tokens(encoder, ids)
     table = encoder.get_input_embeddings()  # of any class: some scale what they look up

@@ -186,9 +186,13 @@ def plot_confusion(folder, save):
     for axis in axes.flat[len(paths):]:
         axis.set_visible(False)
     for axis, language in zip(axes.flat, paper_order(paths)):
-        with open(paths[language], encoding="utf-8", newline="") as file:
-            (_, *names), *rows = csv.reader(file)
-        counts = np.array([row[1:] for row in rows], dtype=float)
+        try:
+            with open(paths[language], encoding="utf-8", newline="") as file:
+                (_, *names), *rows = csv.reader(file)
+            counts = np.array([row[1:] for row in rows], dtype=float).reshape(len(names), len(names))
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{paths[language]}: not what grid_search.py writes ({error}): "
+                            "delete it, and run the search again") from None
         share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axis.imshow(share, cmap="cividis", vmin=0, vmax=100)
         if len(names) <= 8:

@@ -11,7 +11,9 @@ Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the 
 Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 import argparse
+import inspect
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -51,16 +53,23 @@ def learning_rate(step, steps, peak, schedule, warmup=0.1):
 
 
 def make_optimizer(model, weight_decay):
-    """Adam with decoupled weight decay, on matrices alone as BERT does; with 0 it is plain Adam."""
+    """Adam with decoupled weight decay, on matrices alone as BERT does; with 0 it is plain Adam. Not on embeddings: it
+    would pull at the word pieces of languages that are evaluated and never trained on."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+    tables = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    groups = [{"params": [p for p in parameters if p in tables], "weight_decay": 0.0},
+              {"params": [p for p in parameters if p.ndim > 1 and p not in tables], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def distributed(model):
     """The module to call in training: the model, or its DistributedDataParallel; to be made anew after freezing."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    named = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(model, **{buffers: False})
 
 
 def micro_batches(encoded, rows, pad_id, limit, device, accumulate):
@@ -83,7 +92,7 @@ def freezing_is_due(when, epoch, metrics, source):
     for row in metrics:
         if row["split"] == "dev" and row["language"] != source:
             means.setdefault(row["step"], []).append(row["accuracy"])
-    means = [float(np.mean(accuracies)) for accuracies in means.values()]
+    means = [round(float(np.mean(accuracies)), 9) for accuracies in means.values()]  # or a tie may look like a fall
     return any(mean < max(means[:i]) for i, mean in enumerate(means) if i)
 
 
@@ -435,12 +444,12 @@ def parse_args(argv):
     add("--accumulate", type=some, default=1, metavar="N",
         help="split each batch into N parts, to save memory; the gradient stays the same (default: 1)")
     add("--weight-decay", type=in_range(float, 0), default=0.0,
-        help="decoupled, on matrices alone; word pieces that are not in the data rest (default: 0)")
+        help="decoupled, on matrices but for embeddings (default: 0)")
     add("--max-length", type=int, default=128, help="tokens a row may have (default: 128)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
         help="of matrix products (default: auto: bf16 where the hardware has it, else fp16 on a GPU)")
-    add("--compile", choices=["default", "reduce-overhead"], help="run the model through torch.compile, once for all "
-        "lengths; reduce-overhead: with CUDA graphs (a GPU, no --accumulate)")
+    add("--compile", choices=["default", "reduce-overhead"], help="run the model through torch.compile, not anew "
+        "for each length; reduce-overhead: with CUDA graphs (a GPU, no --accumulate)")
     add("--seed", type=in_range(int, 0, below=2 ** 32), default=0,
         help="of the classifier's weights, row order and dropout (default: 0)")
     add = parser.add_argument_group("evaluating and saving").add_argument
@@ -500,8 +509,8 @@ def main(argv=None):
                    "revision": revision(model.encoder, args.model), "tokenizer": tokenizer_identity(tokenizer),
                    "labels": labels, "pairs": pairs, "data": fingerprint(args.data, keys),
                    "precision": str(dtype).removeprefix("torch."), "processes": world}
-    command = shlex.join([*(["torchrun", "--nproc-per-node", str(world)] if world > 1 else ["python"]), "train.py",
-                          *(sys.argv[1:] if argv is None else argv)])
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world > 1 else ["python"]
+    command = shlex.join([*start, "train.py", *(sys.argv[1:] if argv is None else argv)])
     with claim(out, rank):
         if agree(rank == 0 and start_folder(out, "run.json", "train.py", description, {
                 "model": args.model, "data_folder": args.data, "versions": versions(), "command": command},
@@ -520,12 +529,15 @@ def main(argv=None):
         if device.type == "cpu" and not args.compile:  # which fails on its views of random bits
             make_fast(model)
         if args.compile:
+            torch.compiler.reset()
+            torch._dynamo.config.recompile_limit = 64  # 8 are soon used up: one row, evaluation, freezing
             model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew
         if rank == 0:
             describe(args, model, count, note, dtype, train_set.lengths)
-        with out_of_memory(f"the step has --batch-size {args.batch_size} in --accumulate {args.accumulate} parts; with "
-                           f"--accumulate {2 * args.accumulate} (and --overwrite) the gradient is the same in half the "
-                           "memory"):
+        advice = "leave out --compile or give a smaller batch" if args.compile == "reduce-overhead" else \
+            f"with --accumulate {2 * args.accumulate} (and --overwrite) the gradient is the same in half the memory"
+        with out_of_memory(f"the step has --batch-size {args.batch_size} in --accumulate {args.accumulate} parts; "
+                           + advice):
             number = fit(args, model, tokenizer, train_set, sets, readers, out, dtype)
         if rank == 0 and number:
             print(f"to go on:\n{command}")

@@ -157,7 +157,8 @@ def report(found, what):
     lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
               interval(row["source"]), row["verdict"]] for row in found["conclusions"]]
     return (f"# The paper's conclusions on {found['data']}\n\nModel {found['model']}, trained on "
-            f"{found['train_language']}, {found['seeds']} seed{'s' * (found['seeds'] > 1)}; {found['split']} set, "
+            f"{found['train_language']}, {found['seeds']} seed{'s' * (found['seeds'] > 1)} from {found['first_seed']}; "
+            f"{found['split']} set, "
             f"{len(found['others'])} other languages: {' '.join(found['others'])}.\n\n{what}\n\n"
             "Differences of accuracy in points with the 95 % interval of the rows (clustered by premise); the verdict "
             "is\non the other languages' mean. Supported: the interval and every seed are above 0; not supported: all "
@@ -184,7 +185,8 @@ def parse_args(argv):
     parser.add_argument("--max-rows", type=in_range(int, 1), metavar="N",
                         help="compare on N rows of each file, spread evenly (default: all)")
     parser.add_argument("--drop-models", action="store_true", help="delete each run's weights once its predictions are "
-                        "saved (epochs/ and resume/: several times the encoder's size a run)")
+                        "saved (epochs/ and resume/: several times the encoder's size a run): "
+                        "then no other --split or --max-rows can be had of it")
     parser.add_argument("--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)")
     parser.add_argument("--first-seed", type=in_range(int, 0), default=0, metavar="S",
                         help="seeds S, S + 1, ...: several calls can share the work, and a last one over all seeds "
@@ -255,8 +257,8 @@ def main(argv=None):
         rows.append({"number": number, "claim": claim, "a": a, "b": b, **found,
                      "verdict": WORDS[said] if way == "control" else said})
     result = {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
-              "train_language": source, "others": [language for language in languages if language != source],
-              "conclusions": rows}
+              "first_seed": args.first_seed, "train_language": source,
+              "others": [language for language in languages if language != source], "conclusions": rows}
     text = report(result, f"""\
 - baseline: BERT's own [CLS] head; last-layer, middle-layer, upper-layers: {args.pooling} pooling of layer {top}, \
 {runs["middle-layer"][1]}, {runs["upper-layers"][1]} to {top}

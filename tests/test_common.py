@@ -388,3 +388,17 @@ def test_spread_is_that_of_a_sample():
 def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
     assert common.pick_precision("auto", torch.device("cuda")) == expected
+
+
+def test_processes_that_torchrun_did_not_start_right_are_one_sentence(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="WORLD_SIZE is 2 and RANK is not set: start with torchrun"):
+        common.start_processes()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(common.UserError, match="more processes than there are GPUs, 1: lower --nproc-per-node"):
+        common.start_processes()

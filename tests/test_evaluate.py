@@ -698,6 +698,10 @@ def test_two_sources_are_two_systems(sources, tmp_path):
     assert list(columns(text)) == ["system", "from-de (from de)", "from-zh (from zh)"]
     assert all(set(system["mean"]) == set(LANGUAGES) for system in results["systems"])
     assert "`en`: best on the source language's own dev set (of each system)" in text
+    for system in results["systems"]:  # a system against itself: the others are all but its own source
+        last, en = (system["protocols"][name] for name in ("last", "en"))
+        assert system["protocol_differences"]["en"]["others"]["difference"] == pytest.approx(
+            np.mean([en[language] - last[language] for language in LANGUAGES if language != system["train_language"]]))
     from_de, from_zh = (system["protocols"]["en"] for system in results["systems"])
     assert f"{100 * from_de['de']:.1f} / {50 * (from_de['en'] + from_de['zh']):.1f}" in text
     assert f"{100 * from_zh['zh']:.1f} / {50 * (from_zh['en'] + from_zh['de']):.1f}" in text

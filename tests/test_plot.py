@@ -150,6 +150,13 @@ def test_confusion_shows_shares_of_the_true_class(grid, tmp_path, script, figure
     assert axis.get_title() == "de  (micro-F1 87.5)"
 
 
+@pytest.mark.parametrize("content", ["", "true,a,b\n", "true,a,b\na,1,2\n", "true,a,b\na,1,x\nb,0,1\n", "t,a,b\na,1\nb,0,1\n"])
+def test_a_broken_confusion_matrix_is_one_sentence(content, grid, tmp_path, script):
+    (grid / "confusion.de.csv").write_text(content)
+    status, _, error = script("plot", "confusion", grid, "--out", tmp_path / "figures")
+    assert status == 2 and "confusion.de.csv: not what grid_search.py writes" in error
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["grid", "."], "best.json does not exist"),
     (["confusion", "."], "holds no confusion.LANG.csv: run grid_search.py"),
