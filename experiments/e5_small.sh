@@ -23,6 +23,7 @@ LARGE_ROWS=${LARGE_ROWS:-52110}       # of large: two epochs, one seed
 TRANSLATE_ROWS=${TRANSLATE_ROWS:-9000}
 RATES=${RATES:-1e-4 3e-4 1e-3}         # of the fair search: its defaults
 DEV_ROWS=${DEV_ROWS:-500}             # of each language, while training
+PROTOCOLS=${PROTOCOLS:-last mean en joint oracle}  # of evaluate.py --epoch, for xnli
 CLAIMS_SEEDS=${CLAIMS_SEEDS:-2}       # seeds 0, 1, ...
 CLAIMS=${CLAIMS:---lr 1e-4 --max-train-rows 4000 --max-eval-rows 200 --max-rows 1000}
 JOBS=${JOBS:-1}                       # runs of train.py at a time; when several, each has one thread
@@ -86,7 +87,7 @@ if part xnli; then
         for seed in $SEEDS; do runs+=("$OUT/runs/$name-seed$seed"); done
     done
     first=${SEEDS%% *}
-    both="--data $OUT/data/xnli --epoch last mean en joint oracle"
+    both="--data $OUT/data/xnli --epoch $PROTOCOLS"
     $PY evaluate.py "${runs[@]}" $both --out "$OUT/results/xnli"
     $PY evaluate.py "${runs[@]}" $both --out "$OUT/results/xnli-against-mc-bert" \
         --baseline "$([ "$SEEDS" = "$first" ] && echo "mc-bert-seed$first" || echo mc-bert)"
