@@ -177,8 +177,9 @@ def parse_args(argv):
     parser.add_argument("--data", required=True, help="data set folder, its languages parallel")
     parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
     parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
-    parser.add_argument("--controls", action="store_true",
-                        help="also freeze at other epochs, or other layers; pool random layers; mix them")
+    parser.add_argument("--controls", nargs="*", metavar="NAME",
+                        help="also freeze at other epochs, or other layers; pool random layers; mix them (default: "
+                             "none; without a name: all)")
     parser.add_argument("--train-language", metavar="LANG",
                         help="source language (default: en, or the only one there is)")
     parser.add_argument("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
@@ -229,7 +230,10 @@ def main(argv=None):
     recipe = top, args.layers, args.pooling, args.freeze_layers, args.freeze_epoch
     right = {}  # {system or system@epoch: for each seed, (rows, languages)}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        added = controls(*recipe, args.epochs, seed) if args.controls else {}
+        added = controls(*recipe, args.epochs, seed) if args.controls is not None else {}
+        if unknown := set(args.controls or ()) - set(added):
+            raise UserError(f"--controls {min(unknown)}: they are {' '.join(added)}")
+        added = {name: control for name, control in added.items() if name in (args.controls or added)}
         comparisons = CONCLUSIONS + [("", f"control: {what}", name, other, "control")
                                      for name, (_, what, other) in added.items()]
         compared = dict.fromkeys(name for _, _, *pair, _ in comparisons for name in pair)

@@ -92,6 +92,11 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(german, tmp
     assert status == 2 and "dropout was 0.1, is now 0.3" in error
     assert script(*flags, "--max-rows", 3)[0] == 0
     assert len(np.load(out / "runs/mc-bert-seed1/predictions/mean/test.zh.npy")) == 3
+    assert script(*flags, "mc-bert-mix", "wf-random")[0] == 0  # after --controls, which is the last of the flags
+    assert [row["a"] for row in json.loads((out / "claims.json").read_text())["conclusions"] if row["number"] == ""] == [
+        "wf-random", "mc-bert-mix"]
+    status, _, error = script(*flags, "mix")
+    assert status == 2 and "--controls mix: they are wf-epoch-auto wf-lowest wf-random random-layers mc-bert-mix" in error
     status, once, _ = script(*flags, "--seeds", 1, "--first-seed", 1)
     assert status == 0 and once.count("is complete already") == len(expected) and "seed 0" not in once
     for _ in range(2):
