@@ -379,11 +379,11 @@ def report(results):
     tables = {results["baseline"]: {system["name"]: system.get("difference") for system in systems},
               f"the same runs at `{results['epoch']}`": {f"{system['name']}, {p}": found for system in systems
                                                          for p, found in system["protocol_differences"].items()}}
+    tables = {to: {name: entries for name, entries in found.items() if entries} for to, found in tables.items()}
     for to, found in tables.items():
-        found = {name: entries for name, entries in found.items() if entries}
         if found:
             text += f"\nDifference to {to}, in points:\n\n{difference_table(found, [*rows, 'others'])}\n"
-    if "\nDifference" in text:
+    if any(tables.values()):
         mean = "`others`: mean of the languages that are no source, not corrected." if results["parallel"] else \
             "the languages' rows are no translations: no mean over them."
         text += ("\nIn brackets the 95 % interval: paired bootstrap of rows (whole premises where texts are pairs),\n"

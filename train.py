@@ -509,7 +509,7 @@ def main(argv=None):
                    "revision": revision(model.encoder, args.model), "tokenizer": tokenizer_identity(tokenizer),
                    "labels": labels, "pairs": pairs, "data": fingerprint(args.data, keys),
                    "precision": str(dtype).removeprefix("torch."), "processes": world}
-    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if world > 1 else ["python"]
+    start = ["torchrun", "--nproc-per-node", os.getenv("LOCAL_WORLD_SIZE", str(world))] if world > 1 else ["python"]
     command = shlex.join([*start, "train.py", *(sys.argv[1:] if argv is None else argv)])
     with claim(out, rank):
         if agree(rank == 0 and start_folder(out, "run.json", "train.py", description, {
