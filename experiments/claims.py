@@ -75,6 +75,7 @@ CONCLUSIONS = [
     (4, "not all layers are needed", "upper-layers", "mc-bert", "no gain"),
     (4, "a middle layer beats the last", "middle-layer", "last-layer", "better"),
     (5, "combining layers helps", "mc-bert", "middle-layer", "better"),
+    (5, "combining layers beats the last one", "mc-bert", "last-layer", "better"),
     (6, "freezing on the go helps", "mc-bert-wf", "mc-bert", "better"),
     (6, "control: freezing, or the mean of the epochs", "mc-bert-wf", "mc-bert@mean", "control"),
     (7, "dropout is needed", "mc-bert", "mc-bert-no-dropout", "better"),
@@ -138,6 +139,20 @@ def correctness(folder, data, split, epoch, sets, batch_size):
     return np.stack([logits[language].argmax(1) == rows.labels for language, rows in sets.items()], axis=1) * 1.0
 
 
+def accuracies(right, trained, source):
+    """What each system reaches, means over its seeds: on the source language, whose place is `source`, on the others'
+    mean, and on the train rows in the last epoch, which says whether it has learned by then.
+
+    right: {system or system@epoch: for each seed, (rows, languages)}; trained: {system: for each seed}.
+    """
+    rows = []
+    for name, seeds in right.items():
+        languages = np.stack(seeds).mean((0, 1))
+        rows.append({"name": name, "train": float(np.mean(trained[name])) if name in trained else None,
+                     "source": float(languages[source]), "others": float(np.delete(languages, source).mean())})
+    return rows
+
+
 def compare(a, b, clusters, source, resamples):
     """Differences A - B of two (seeds, rows, languages) arrays, on the source language, whose place `source` is, and on
     the mean of the others."""
@@ -154,6 +169,8 @@ def report(found, what):
     def interval(entry):
         return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
+    systems = [[row["name"], *(f"{100 * row[key]:.1f}" if row[key] is not None else "" for key in (
+        "train", "source", "others"))] for row in found["systems"]]
     lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
               interval(row["source"]), row["verdict"]] for row in found["conclusions"]]
     return (f"# The paper's conclusions on {found['data']}\n\nModel {found['model']}, trained on "
@@ -166,7 +183,10 @@ def report(found, what):
             f"{100 * MARGIN:g} point;\nnot supported: it and every seed are above 0. A control claims nothing: A is "
             "better or worse by the same rule.\n\n"
             + markdown_table(["", "conclusion", "A - B", "other languages", found["train_language"], "verdict"], lines)
-            + "\n")
+            + "\n\nAccuracies, means over the seeds; `train`: on the train rows during the last epoch, dropout on. A "
+            "system that is low\nthere has not learned as much as the others by then: with more steps the differences "
+            "may be others.\n\n"
+            + markdown_table(["system", "train", found["train_language"], "other languages"], systems) + "\n")
 
 
 def parse_args(argv):
@@ -228,7 +248,7 @@ def main(argv=None):
     check_layers(args.layers, top, "--layers")
     check_layers(args.freeze_layers, top, "--freeze-layers")
     recipe = top, args.layers, args.pooling, args.freeze_layers, args.freeze_epoch
-    right = {}  # {system or system@epoch: for each seed, (rows, languages)}
+    right, trained = {}, {}  # see accuracies()
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         added = controls(*recipe, args.epochs, seed) if args.controls is not None else {}
         if unknown := set(args.controls or ()) - set(added):
@@ -246,6 +266,8 @@ def main(argv=None):
                 "--epochs", args.epochs, "--batch-size", args.batch_size, *more, *flags)])
             if status:  # stopped by a signal
                 return status
+            metrics = read_run(folder)[1]
+            trained.setdefault(name, []).append([row["accuracy"] for row in metrics if row["split"] == "train"][-1])
             for one in compared:
                 system, _, epoch = one.partition("@")
                 if system == name:
@@ -262,7 +284,8 @@ def main(argv=None):
                      "verdict": WORDS[said] if way == "control" else said})
     result = {"data": args.data, "model": args.model, "split": args.split, "seeds": args.seeds,
               "first_seed": args.first_seed, "train_language": source,
-              "others": [language for language in languages if language != source], "conclusions": rows}
+              "others": [language for language in languages if language != source], "conclusions": rows,
+              "systems": accuracies(right, trained, languages.index(source))}
     text = report(result, f"""\
 - baseline: BERT's own [CLS] head; last-layer, middle-layer, upper-layers: {args.pooling} pooling of layer {top}, \
 {runs["middle-layer"][1]}, {runs["upper-layers"][1]} to {top}

@@ -62,6 +62,20 @@ def test_all_conclusions_are_tested_and_a_second_call_trains_nothing(german, tmp
     means = {(row["number"], row["a"], row["b"]) for row in rows if "@mean" in row["a"] + row["b"]}
     assert means == {(1, "mc-bert@mean", "mc-bert"), (1, "mc-bert-long@mean", "mc-bert-long"),
                      (6, "mc-bert-wf", "mc-bert@mean")}
+    reached = {row["name"]: row for row in written["systems"]}
+    assert set(reached) == {name for row in rows for name in (row["a"], row["b"])}
+    for name, epoch in (("mc-bert-long@half", 1), ("mc-bert-long", 2)):
+        folders = [out / f"runs/mc-bert-long-seed{seed}/predictions/{epoch}" for seed in (0, 1)]
+        accuracy = {language: np.mean([np.load(folder / f"test.{language}.npy")
+                                       .argmax(1) == classes(german, language) for folder in folders])
+                    for language in ("de", "en", "zh")}
+        assert reached[name]["source"] == pytest.approx(accuracy["de"])
+        assert reached[name]["others"] == pytest.approx((accuracy["en"] + accuracy["zh"]) / 2)
+    metrics = [[json.loads(line) for line in open(out / f"runs/mc-bert-long-seed{seed}/metrics.jsonl")] for seed in (0, 1)]
+    assert reached["mc-bert-long"]["train"] == pytest.approx(np.mean([
+        next(row["accuracy"] for row in run if row["split"] == "train" and row["epoch"] == 2) for run in metrics]))
+    assert reached["mc-bert-long@half"]["train"] is None
+    assert f"{100 * reached['mc-bert-long']['others']:.1f}" in text.split("Accuracies")[1]
     names = {path.name for path in (out / "runs").iterdir()}
     expected = {*claims.systems(12, [6], "max", [9], "0", 7, 1), *claims.controls(12, [6], "max", [9], "0", 1, 0)}
     assert names == {f"{name}-seed{seed}" for name in expected for seed in (0, 1)}
