@@ -276,9 +276,14 @@ def plot_differences(folder, save):
         beside = (s - (len(systems) - 1) / 2) * 0.8 / max(4, len(systems))
         axis.errorbar(mean, np.array(there) + beside, xerr=[mean - low, high - mean], fmt=MARKERS[s % 8],
                       color=COLORS[s % 8], ms=3.5, capsize=2, label=shown(system["name"]))
+        seeds = [(100 * value, i + beside) for i, entry in zip(there, entries) for value in entry.get("by_seed", ())]
+        if seeds:
+            axis.scatter(*zip(*seeds), s=5, facecolors="none", edgecolors=COLORS[s % 8], linewidths=0.5, zorder=3)
+    by_seed = any("by_seed" in entry for system in systems for entry in system["difference"].values())
     axis.axvline(0, color="black", lw=0.6)
     axis.set(yticks=range(len(languages)), yticklabels=languages,
-             xlabel=f"accuracy less {results['baseline']}'s (points, 95 % interval)")
+             xlabel=f"accuracy less {results['baseline']}'s\n(points; 95 % interval of the rows"
+                    + "; circles: each seed" * by_seed + ")")
     axis.invert_yaxis()
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     save(figure, "differences")

@@ -183,13 +183,17 @@ def test_test_curves_need_track_test(runs, tmp_path, script):
 def test_differences_and_their_intervals(tmp_path, script, figures):
     entry = {"difference": 0.02, "low": -0.01, "high": 0.06}
     (tmp_path / "results.json").write_text(json.dumps({"baseline": "base", "rows": {"en": 9, "zh": 9}, "systems": [
-        {"name": "base"}, {"name": "wf", "difference": {"en": entry, "others": {**entry, "difference": 0.03}}}]}))
+        {"name": "base"}, {"name": "wf", "difference": {
+            "en": {**entry, "by_seed": [-0.02, 0.06]}, "others": {**entry, "difference": 0.03}}}]}))
     status, _, _ = script("plot", "differences", tmp_path, "--out", tmp_path / "figures", "--tensorboard", tmp_path / "events")
     axis = figures["differences"].axes[0]
     assert status == 0 and [label.get_text() for label in axis.get_yticklabels()] == ["en", "others"]
     points, _, (bars,) = axis.containers[0]
     np.testing.assert_allclose(points.get_xdata(), [2, 3])
     np.testing.assert_allclose(bars.get_segments()[0][:, 0], [-1, 6])
+    circles = axis.collections[-1].get_offsets()
+    np.testing.assert_allclose(circles, [[-2, points.get_ydata()[0]], [6, points.get_ydata()[0]]])
+    assert "circles: each seed" in axis.get_xlabel()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert EventAccumulator(str(tmp_path / "events")).Reload().Tags()["images"] == ["differences"]
     (tmp_path / "results.json").write_text(json.dumps({"baseline": "base", "rows": {"en": 9}, "systems": [{"name": "base"}]}))
