@@ -5,8 +5,8 @@
 #     PARTS="search xnli" JOBS=2 ARCHIVES=../shared/data experiments/e5_small.sh  # two runs at a time, a thread each
 #     PARTS=xnli ROWS=52110 SEEDS="0 1 2 3 4" experiments/e5_small.sh             # what a GPU can do
 #
-# Stopped and started again with the same settings, it goes on where it was. With one thread, at 20 pairs a second,
-# 10,000 pairs for 5 epochs take 42 minutes. The tables: RESULTS.md beside this file.
+# Stopped and started again with the same settings, it goes on where it was. With one thread, at 20 to 45 pairs a
+# second, 10,000 pairs for 5 epochs take 20 to 42 minutes. The tables: RESULTS.md beside this file.
 #
 # The encoder is the hub's intfloat/multilingual-e5-small; where the hub cannot be reached, it is made from two
 # packages, whose weights of 4 bits are widened to float32 and nothing else (make_e5_small.py). By its authors' report
