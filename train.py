@@ -144,12 +144,12 @@ def fit(args, model, tokenizer, train_set, sets, readers, out, dtype):
                 ends = step == (epoch + 1) * per_epoch
                 evaluates, saves = (ends or n and step % n == 0 for n in (args.eval_steps, args.save_steps))
                 asked = stop.asked()  # in every process, at every step: it is a collective
-                log.bar.update()
+                log.step(len(rows))
                 if not (evaluates or saves or asked or step % LOG_STEPS == 0):
                     continue
                 loss, accuracy = running_means(totals)
                 check_finite(loss, model, step, args.lr, out)
-                speed = log.train(step, loss, accuracy, rate, args.batch_size)
+                speed = log.train(step, loss, accuracy, rate)
                 if evaluates:
                     scores = {("train", ""): (accuracy, loss), **evaluate(model, sets, pad_id, dtype, args.max_length)}
                     metrics += metric_rows(scores, step / per_epoch, step, rate, frozen, speed)
@@ -165,7 +165,7 @@ def fit(args, model, tokenizer, train_set, sets, readers, out, dtype):
                 if asked and step < steps:
                     log.say(f"stopped by {signal.Signals(asked).name} after step {step}, the state is saved")
                     return asked
-                log.restart(step)
+                log.restart()
     if rank == 0:
         model.load_state_dict(mean, strict=False)
         save_model(model, tokenizer, out / "epochs" / "mean")
@@ -308,16 +308,20 @@ class Log:
     def __init__(self, out, step, steps):
         self.out, self.writer = out, SummaryWriter(out, purge_step=step + 1) if start_processes()[0] == 0 else None
         self.bar = progress_bar(total=steps, initial=step, unit="step", disable=not self.writer, smoothing=0.05)
-        self.restart(step)
+        self.restart()
 
     def close(self):
         self.bar.close()
         if self.writer:
             self.writer.close()
 
-    def restart(self, step):
+    def restart(self):
         """Measure the speed from here on: not with evaluations and saves."""
-        self.since, self.clock = step, time.perf_counter()
+        self.rows, self.clock = 0, time.perf_counter()
+
+    def step(self, rows):
+        self.rows += rows
+        self.bar.update()
 
     def say(self, sentence):
         if self.writer:
@@ -327,9 +331,9 @@ class Log:
         for tag, value in values.items() if self.writer else ():
             self.writer.add_scalar(tag, value, step)
 
-    def train(self, step, loss, accuracy, rate, batch_size):
+    def train(self, step, loss, accuracy, rate):
         """How training goes; returns its examples a second."""
-        speed = (step - self.since) * batch_size / (time.perf_counter() - self.clock)
+        speed = self.rows / (time.perf_counter() - self.clock)
         self.scalars(step, {"train/loss": loss, "train/accuracy": accuracy, "lr": rate, "examples per second": speed})
         self.bar.set_postfix_str(f"{speed:.0f} examples/s, loss {loss:.3f}, accuracy {100 * accuracy:.1f}, "
                                  f"lr {rate:.1e}", refresh=False)

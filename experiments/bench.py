@@ -275,10 +275,10 @@ class Steps(train.Log):
     """train.py's log, which keeps the seconds of each epoch's steps, and the last epoch's peak memory."""
     seconds, memory = [], 0.0
 
-    def restart(self, step):
+    def restart(self):
         reset_peak()
         wait()
-        super().restart(step)
+        super().restart()
 
     def train(self, *numbers):
         wait()

@@ -72,7 +72,7 @@ def test_the_readmes_commands_have_flags_that_exist(tmp_path):
     """Every command line of the README parses: the scripts' own parsers read it."""
     best = tmp_path / "best.json"
     best.write_text('{"layers": [6, 8], "pooling": "max"}')
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").replace("grid/massive/best.json", str(best))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").replace("grid/mine/best.json", str(best))
     blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
     lines = [line.split("#")[0].replace("$M", "some-model") for block in blocks for line in block.splitlines()
              if line.startswith("python ")]

@@ -638,6 +638,20 @@ def test_columns_of_the_metrics(auto_run):
     assert all(row["examples_per_second"] > 0 for row in rows)
 
 
+def test_the_speed_counts_rows_and_not_full_batches(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    with contextlib.closing(train.Log(tmp_path, 0, 9)) as log:
+        log.step(32), log.step(5)
+        now[0] += 2
+        assert log.train(2, 1.0, 0.5, 1e-3) == 37 / 2
+        now[0] += 7  # an evaluation, which does not count
+        log.restart()
+        log.step(8)
+        now[0] += 1
+        assert log.train(3, 1.0, 0.5, 1e-3) == 8
+
+
 def test_train_rows_count_the_steps_since_the_last_evaluation(auto_run, data_folder):
     """The one batch of 8 rows of an epoch can be any of its five."""
     sizes = [len(rows) for epoch in range(3) for rows in train_batches(train_lengths(data_folder), 13, 0, epoch)]
