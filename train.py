@@ -320,6 +320,7 @@ class Log:
         self.rows, self.clock = 0, time.perf_counter()
 
     def step(self, rows):
+        """One more step, of so many rows."""
         self.rows += rows
         self.bar.update()
 

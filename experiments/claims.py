@@ -169,7 +169,7 @@ def report(found, what):
     def interval(entry):
         return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
-    systems = [[row["name"], *(f"{100 * row[key]:.1f}" if row[key] is not None else "" for key in (
+    reached = [[row["name"], *(f"{100 * row[key]:.1f}" if row[key] is not None else "" for key in (
         "train", "source", "others"))] for row in found["systems"]]
     lines = [[f"{row['number']}", row["claim"], f"{row['a']} - {row['b']}", interval(row["others"]),
               interval(row["source"]), row["verdict"]] for row in found["conclusions"]]
@@ -186,7 +186,7 @@ def report(found, what):
             + "\n\nAccuracies, means over the seeds; `train`: on the train rows during the last epoch, dropout on. A "
             "system that is low\nthere has not learned as much as the others by then: with more steps the differences "
             "may be others.\n\n"
-            + markdown_table(["system", "train", found["train_language"], "other languages"], systems) + "\n")
+            + markdown_table(["system", "train", found["train_language"], "other languages"], reached) + "\n")
 
 
 def parse_args(argv):

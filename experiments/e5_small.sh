@@ -103,8 +103,10 @@ if part large; then
         training large-mc-bert $mc $recipe
         training large-mc-bert-wf $mc --freeze-layers 9 11 12 --freeze-epoch 1 $recipe  # after 2 nothing is left
     } | at_once
-    $PY evaluate.py "$OUT"/runs/large-{baseline,mc-bert,mc-bert-wf} --data "$OUT/data/xnli" --out "$OUT/results/large" \
-        --epoch last mean
+    both="--data $OUT/data/xnli --epoch last mean"
+    $PY evaluate.py "$OUT"/runs/large-{baseline,mc-bert,mc-bert-wf} $both --out "$OUT/results/large"
+    $PY evaluate.py "$OUT"/runs/large-{baseline,mc-bert,mc-bert-wf} $both --out "$OUT/results/large-against-mc-bert" \
+        --baseline large-mc-bert
 fi
 
 # Translate-Train on machine-translated rows, against zero-shot from as many English ones.
