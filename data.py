@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import AutoTokenizer
 
-from common import (UserError, check_model_name, cli, first_line, in_range, markdown_table, progress_bar, sha256,
+from common import (UserError, cli, first_line, in_range, markdown_table, model_folder, progress_bar, sha256,
                     start_processes, write_atomic, write_json)
 
 SPLITS = ("train", "dev", "test")
@@ -230,9 +230,9 @@ def fingerprint(folder, keys):
 
 def load_tokenizer(name):
     """The model's own fast tokenizer. UserError when it cannot be had, or does not mark where texts begin and end."""
-    check_model_name(name)
+    folder = model_folder(name, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:
         why = "its vocabulary is a SentencePiece file: pip install sentencepiece" if "tiktoken" in str(error) \
             else first_line(error)

@@ -132,7 +132,7 @@ def main(argv=None):
     encoder.to(device).eval()
     check_length(encoder, args.max_length)
     layers, hidden, sums = len(blocks(encoder)) + 1, encoder.config.hidden_size, fingerprint(args.data, keys)
-    manifest = {"format": 1, "revision": revision(encoder, args.model), "tokenizer": tokenizer_identity(tokenizer),
+    manifest = {"format": 1, "revision": revision(args.model), "tokenizer": tokenizer_identity(tokenizer),
                 "layers": list(range(layers)), "poolings": list(POOLINGS), "hidden_size": hidden, "dtype": args.dtype,
                 "precision": str(dtype).removeprefix("torch."), "max_length": args.max_length, "labels": labels,
                 "inputs": {f"{stem}.tsv": {"sha256": sums[f"{stem}.tsv"], "rows": len(rows.labels)}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModel
 
-from common import UserError, autocast, check_model_name, first_line, read_json, sha256, to_device, write_json
+from common import UserError, autocast, first_line, model_folder, read_json, sha256, to_device, write_json
 
 # --- pooling: a new one is a line here, and all scripts have it --------------------------------------------------
 
@@ -274,10 +274,10 @@ def load_encoder(name):
     Reads safetensors alone and runs no code of the model's. Returns the encoder and whether it has a pretrained
     pooler. UserError when it cannot be had, lacks weights, or cannot be used: see probe().
     """
-    check_model_name(name)
+    folder = model_folder(name)
     try:
         encoder, info = AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:
         raise UserError(f"no encoder can be loaded from {str(name)!r}: {first_line(error)}") from None
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -287,9 +287,12 @@ def load_encoder(name):
     return encoder, getattr(encoder, "pooler", None) is not None and not info["missing_keys"]
 
 
-def revision(encoder, name):
+def revision(name):
     """What tells a model from another: its weight files' SHA-256, or the hub's commit."""
-    return " ".join(sha256(path) for path in sorted(Path(name).glob("*.safetensors"))) or encoder.config._commit_hash
+    folder = model_folder(name)
+    if folder != Path(name):
+        return folder.name
+    return " ".join(sha256(path) for path in sorted(folder.glob("*.safetensors")))
 
 
 def drop_pooler(encoder):

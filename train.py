@@ -405,7 +405,7 @@ def describe(args, model, count, note, dtype, lengths):
           f"the others stay as they are\n{trainable(model):,} parameters to train, {args.epochs} epochs of "
           f"{len(batches):,} steps, {1 - lengths.sum() / padded:.1%} of the tokens are padding\n"
           f"{f'{world} processes on {device.type}' if world > 1 else device}, {str(dtype).removeprefix('torch.')} "
-          f"products ({reason}), attention: {model.encoder.config._attn_implementation}")
+          f"products ({reason})")
 
 
 def parse_args(argv):
@@ -511,7 +511,7 @@ def main(argv=None):
     check_layers(args.freeze_layers, count, "--freeze-layers")
     where = ("model", "data", "out", "overwrite", "layers_from")  # not compared: what is in them is
     description = {"arguments": {k: v for k, v in vars(args).items() if k not in where},
-                   "revision": revision(model.encoder, args.model), "tokenizer": tokenizer_identity(tokenizer),
+                   "revision": revision(args.model), "tokenizer": tokenizer_identity(tokenizer),
                    "labels": labels, "pairs": pairs, "data": fingerprint(args.data, keys),
                    "precision": str(dtype).removeprefix("torch."), "processes": world}
     start = ["torchrun", "--nproc-per-node", os.getenv("LOCAL_WORLD_SIZE", str(world))] if world > 1 else ["python"]
@@ -535,7 +535,7 @@ def main(argv=None):
             make_fast(model)
         if args.compile:
             torch.compiler.reset()
-            torch._dynamo.config.recompile_limit = 64  # 8 are soon used up: one row, evaluation, freezing
+            torch.compiler.config.recompile_limit = 64  # 8 are soon used up: one row, evaluation, freezing
             model.compile(dynamic=True, mode=args.compile)  # in place: after freezing it compiles itself anew
         if rank == 0:
             describe(args, model, count, note, dtype, train_set.lengths)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import AutoModelForMaskedLM, BertConfig, BertTokenizer
 
 from common import (UserError, autocast, cli, in_range, pick_device, pick_precision, progress_bar, versions,
                     write_atomic, write_json)
@@ -146,7 +146,7 @@ def main(argv=None):
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.blocks,
                         num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size, hidden_dropout_prob=0.0,
                         max_position_embeddings=args.max_length, attention_probs_dropout_prob=0.0)
-    model = BertForMaskedLM._from_config(config, attn_implementation="eager").to(device).train()
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1,
                                                    anneal_strategy="linear", cycle_momentum=False)

@@ -354,12 +354,13 @@ def test_ties_go_to_the_earlier_epoch_and_sets_that_were_not_always_there_are_le
 
 @pytest.mark.parametrize("name, folder", [
     ("runs/of/mine", True), ("./model", True), ("~/model", True), ("here/model", True), ("bert-base-uncased", False),
-    ("google/bert", False), ("here", False)])
+    ("google/bert", False)])
 def test_a_model_path_that_looks_like_a_folder_and_is_none(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    with contextlib.nullcontext() if not folder else pytest.raises(common.UserError, match=f"^{name}: no such folder$"):
-        common.check_model_name(name)
+    words = f"^{name}: no such folder$" if folder else "is not in the hub's cache"
+    with pytest.raises(common.UserError, match=words):
+        common.model_folder(name)
 
 
 @pytest.mark.parametrize("error, said", [
