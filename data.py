@@ -8,42 +8,42 @@ Reads   the archives, downloaded to OUT/../archives or taken from --archives; an
 Writes  OUT/labels.txt, OUT/{train,dev,test}.LANG.tsv, OUT/sources.json (formats: README).
 Paper   section 1.3.
 """
+
 import argparse
-import functools
 import hashlib
-import http.client
-import io
-import json
 import re
 import sys
-import tarfile
-import unicodedata
-import urllib.request
-import zipfile
-from collections import Counter
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from common import (UserError, cli, first_line, in_range, markdown_table, model_folder, progress_bar, sha256,
-                    start_processes, write_atomic, write_json)
-
-SPLITS = ("train", "dev", "test")
-MAX_LINE = 1 << 20  # bytes; a longer line is a broken file, not a text
-XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip"
-XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
-MASSIVE_URL = "https://amazon-massive-nlu-dataset.s3.amazonaws.com/amazon-massive-dataset-1.0.tar.gz"
-XNLI_LANGUAGES = "ar bg de el en es fr hi ru sw th tr ur vi zh".split()
-XNLI_LABELS = ["entailment", "neutral", "contradiction"]
-XNLI_ROWS = {"train": 392_702, "dev": 2_490, "test": 5_010}
-MASSIVE_ROWS = {"train": 11_514, "dev": 2_033, "test": 2_974}
+from lib.archives import (
+    MASSIVE_URL,
+    SPLITS,
+    XNLI_LABELS,
+    XNLI_LANGUAGES,
+    XNLI_MT_URL,
+    XNLI_URL,
+    english,
+    find_archive,
+    label_index,
+    read_massive,
+    read_xnli,
+    table_lines,
+    text_lines,
+)
+from lib.devices import start_processes
+from lib.folders import sha256, write_atomic, write_json
+from lib.hub import model_folder
+from lib.messages import UserError, cli, first_line, in_range, say_once
+from lib.tables import markdown_table
 
 
 class Rows(NamedTuple):
     """One split in one language: N texts, or pairs of texts, and N class indices (None without labels, -1 unknown)."""
+
     text_a: list
     text_b: list | None
     labels: list | None
@@ -51,7 +51,8 @@ class Rows(NamedTuple):
 
 class Encoded(NamedTuple):
     """N tokenised rows end to end: row i is ids[starts[i]:starts[i + 1]], its second text begins at second[i]."""
-    ids: np.ndarray     # (all tokens,) int32
+
+    ids: np.ndarray  # (all tokens,) int32
     starts: np.ndarray  # (N + 1,) int64
     second: np.ndarray  # (N,) int32
     labels: np.ndarray  # (N,) int64
@@ -64,55 +65,20 @@ class Encoded(NamedTuple):
 
 # --- the folder format -------------------------------------------------------------------------------------------
 
-def text_lines(stream, name):
-    """Yield the lines of a binary stream as text. UserError for one that is too long or not UTF-8."""
-    for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
-        if len(raw) == MAX_LINE:
-            raise UserError(f"{name}, line {number}: longer than {MAX_LINE:,} bytes")
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at "
-                            f"{error.start})") from None
-        yield text.removesuffix("\n").removesuffix("\r")
-
-
-def table_lines(stream, name):
-    """Yield the cells of a tab-separated table's header, then those of each line. UserError for a ragged one."""
-    header = None
-    for number, line in enumerate(text_lines(stream, name), 1):
-        cells = line.split("\t")
-        header = header or cells
-        if len(cells) != len(header):
-            raise UserError(f"{name}, line {number}: {len(cells)} columns, expected {len(header)} "
-                            f"({', '.join(header[:4])}{', ...' * (len(header) > 4)})")
-        yield cells
-    if header is None:
-        raise UserError(f"{name} is empty")
-
-
-def label_index(label, labels, where):
-    """The class index of a label. UserError names the place, the value and what is allowed."""
-    if label in labels:
-        return labels.index(label)
-
-    def look(text):
-        return unicodedata.normalize("NFKC", text).strip().casefold()
-
-    alike = [f"; {ascii(label)} is not {ascii(known)}" for known in labels if look(known) == look(label)]
-    raise UserError(f"{where}: unknown label {label[:60]!r}, expected one of {', '.join(labels[:8])}"
-                    + ", ..." * (len(labels) > 8) + "".join(alike))
-
 
 def read_labels(folder):
     """The label names of a data set folder, in class-index order."""
     path = Path(folder) / "labels.txt"
     if not path.is_file():
-        raise UserError(f"{folder} is not a data set folder: it has no labels.txt (python data.py --help)")
+        raise UserError(
+            f"{folder} is not a data set folder: it has no labels.txt (python data.py --help)"
+        )
     with open(path, "rb") as file:
         labels = list(text_lines(file, path))
     if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
-        raise UserError(f"{path}: expected two or more different labels, one a line, got {labels[:8]}")
+        raise UserError(
+            f"{path}: expected two or more different labels, one a line, got {labels[:8]}"
+        )
     return labels
 
 
@@ -128,27 +94,35 @@ def read_table(path, labels=None, unknown=False):
         lines = table_lines(file, path)
         header = next(lines)
         texts = ["text"] if "text" in header else ["text_a", "text_b"]
-        if not set(texts) <= set(header) or {"text", "text_a"} <= set(header) or len(set(header)) < len(header) \
-                or "\r" in "".join(header):  # old Mac line ends
-            raise UserError(f"{path}, line 1: the header is {header[:6]}, expected text, or text_a and text_b, "
-                            "and label, separated by tabs")
+        if (
+            not set(texts) <= set(header)
+            or {"text", "text_a"} <= set(header)
+            or len(set(header)) < len(header)
+            or "\r" in "".join(header)
+        ):  # old Mac line ends
+            raise UserError(
+                f"{path}, line 1: the header is {header[:6]}, expected text, or text_a and text_b, "
+                "and label, separated by tabs"
+            )
         columns = dict(zip(header, map(list, zip(*lines))))
     if not columns:
         raise UserError(f"{path} holds a header and no rows")
-    classes = [-1 if unknown and not label else label_index(label, labels, f"{path}, line {number}")
-               for number, label in enumerate(columns.get("label", []), 2)]
-    return Rows(columns[texts[0]], columns[texts[1]] if len(texts) == 2 else None, classes or None), columns
+    classes = [
+        -1 if unknown and not label else label_index(label, labels, f"{path}, line {number}")
+        for number, label in enumerate(columns.get("label", []), 2)
+    ]
+    return Rows(
+        columns[texts[0]], columns[texts[1]] if len(texts) == 2 else None, classes or None
+    ), columns
 
 
 def write_table(path, columns):
     """Write {header: N texts} as a .tsv file."""
     with write_atomic(path) as file:
-        file.writelines("\t".join(cells) + "\n" for cells in zip(*([name, *texts] for name, texts in columns.items())))
-
-
-@functools.cache
-def say_once(sentence):
-    print(sentence, file=sys.stderr)
+        file.writelines(
+            "\t".join(cells) + "\n"
+            for cells in zip(*([name, *texts] for name, texts in columns.items()))
+        )
 
 
 def split_languages(folder, split, first="en"):
@@ -159,8 +133,10 @@ def split_languages(folder, split, first="en"):
         if match and match[1] == split:
             found.append(match[2])
         elif not match and re.match(r"(train|dev|test|valid\w*)\..*tsv$", path.name, re.I):
-            say_once(f"warning: {path} is not read: a split's file is named train, dev or test, a language code without"
-                     " a dot and .tsv, as dev.pt-BR.tsv")
+            say_once(
+                f"warning: {path} is not read: a split's file is named train, dev or test, a language code without"
+                " a dot and .tsv, as dev.pt-BR.tsv"
+            )
     return sorted(found, key=lambda language: (language != first, language))
 
 
@@ -168,7 +144,9 @@ def train_language(folder, wanted=None):
     """The source language: the one asked for, else "en" where there is a train.en, else the only one there is."""
     there = split_languages(folder, "train")
     if wanted is None and len(there) > 1 and "en" not in there:
-        raise UserError(f"{folder} has train files in {' '.join(there)}: say which with --train-language")
+        raise UserError(
+            f"{folder} has train files in {' '.join(there)}: say which with --train-language"
+        )
     wanted = wanted or (there[0] if there else "en")
     split_path(folder, "train", wanted)
     return wanted
@@ -179,7 +157,9 @@ def split_path(folder, split, language):
     path = Path(folder) / f"{split}.{language}.tsv"
     if not path.is_file():
         there = split_languages(folder, split)
-        raise UserError(f"{path} does not exist; {split} is there in: {' '.join(there) or 'no language'}")
+        raise UserError(
+            f"{path} does not exist; {split} is there in: {' '.join(there) or 'no language'}"
+        )
     return path
 
 
@@ -203,8 +183,10 @@ def read_sets(folder, keys, labels, pairs=None):
     for key, rows in sets.items():
         pairs = rows.text_b is not None if pairs is None else pairs
         if (rows.text_b is not None) != pairs:
-            raise UserError(f"{split_path(folder, *key)} holds {kind(rows.text_b is not None)}, "
-                            f"expected {kind(pairs)}, as in training")
+            raise UserError(
+                f"{split_path(folder, *key)} holds {kind(rows.text_b is not None)}, "
+                f"expected {kind(pairs)}, as in training"
+            )
     return sets
 
 
@@ -228,28 +210,41 @@ def fingerprint(folder, keys):
 
 # --- tokens and batches ------------------------------------------------------------------------------------------
 
+
 def load_tokenizer(name):
     """The model's own fast tokenizer. UserError when it cannot be had, or does not mark where texts begin and end."""
     folder = model_folder(name, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:
-        why = "its vocabulary is a SentencePiece file: pip install sentencepiece" if "tiktoken" in str(error) \
+        why = (
+            "its vocabulary is a SentencePiece file: pip install sentencepiece"
+            if "tiktoken" in str(error)
             else first_line(error)
+        )
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {why}") from None
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {str(name)!r} is not a fast one with a padding token")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one up where files are missing
-        raise UserError(f"no tokenizer can be loaded from {str(name)!r}: "
-                        "it has no vocabulary (tokenizer.json or vocab.txt)")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # transformers makes an empty one up where files are missing
+        raise UserError(
+            f"no tokenizer can be loaded from {str(name)!r}: "
+            "it has no vocabulary (tokenizer.json or vocab.txt)"
+        )
     special = set(tokenizer.all_special_ids)
     for a, b in ("a", "b"), ("", ""):
         one, pair = tokenizer([a])["input_ids"][0], tokenizer([a], [b])["input_ids"][0]
-        if len(one) < 2 or sum(token in special for token in pair) < 3 or not (
-                {one[0], one[-1], pair[0], pair[-1]} <= special):
-            raise UserError(f"the tokenizer of {str(name)!r} does not put a special token before a text, between two "
-                            f"and after them (it gives {tokenizer.convert_ids_to_tokens(pair)} for {[a, b]}): give its "
-                            "tokenizer.json a post_processor that does")
+        if (
+            len(one) < 2
+            or sum(token in special for token in pair) < 3
+            or not ({one[0], one[-1], pair[0], pair[-1]} <= special)
+        ):
+            raise UserError(
+                f"the tokenizer of {str(name)!r} does not put a special token before a text, between two "
+                f"and after them (it gives {tokenizer.convert_ids_to_tokens(pair)} for {[a, b]}): give its "
+                "tokenizer.json a post_processor that does"
+            )
     return tokenizer
 
 
@@ -266,18 +261,30 @@ def encode(tokenizer, rows, max_length=128, chunk=8192):
     ids, second = [], []
     for start in range(0, len(rows.text_a), chunk):
         part = slice(start, start + chunk)
-        tokens = tokenizer(rows.text_a[part], rows.text_b[part] if rows.text_b else None, max_length=max_length,
-                           truncation="longest_first", return_attention_mask=False, return_token_type_ids=True)
+        tokens = tokenizer(
+            rows.text_a[part],
+            rows.text_b[part] if rows.text_b else None,
+            max_length=max_length,
+            truncation="longest_first",
+            return_attention_mask=False,
+            return_token_type_ids=True,
+        )
         ids += [np.array(row, dtype=np.int32) for row in tokens["input_ids"]]
         second += [len(types) - sum(types) for types in tokens["token_type_ids"]]
     tokenizer.backend_tokenizer.no_truncation()  # which tokenising leaves on: it would be saved with the model
     flat = np.concatenate(ids)
     if np.mean(flat == tokenizer.unk_token_id) > 0.1:
-        print(f"warning: {np.mean(flat == tokenizer.unk_token_id):.0%} of the tokens are unknown to the tokenizer",
-              file=sys.stderr)
+        print(
+            f"warning: {np.mean(flat == tokenizer.unk_token_id):.0%} of the tokens are unknown to the tokenizer",
+            file=sys.stderr,
+        )
     labels = rows.labels if rows.labels is not None else [-1] * len(ids)
-    return Encoded(flat, np.cumsum([0, *map(len, ids)]), np.array(second, dtype=np.int32),
-                   np.array(labels, dtype=np.int64))
+    return Encoded(
+        flat,
+        np.cumsum([0, *map(len, ids)]),
+        np.array(second, dtype=np.int32),
+        np.array(labels, dtype=np.int64),
+    )
 
 
 def train_batches(lengths, size, seed, epoch, multiple=8):
@@ -289,7 +296,7 @@ def train_batches(lengths, size, seed, epoch, multiple=8):
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     order = order[np.argsort(-(-lengths[order] // multiple), kind="stable")]
-    batches = [order[start:start + size] for start in range(0, len(order), size)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     return [batches[i] for i in random.permutation(len(batches))]
 
 
@@ -301,10 +308,10 @@ def sorted_batches(lengths, size, multiple=8, tokens=24, window=1 << 15):
     """
     batches = []
     for first in range(0, len(lengths), window):
-        order = first + np.argsort(-lengths[first:first + window], kind="stable")
+        order = first + np.argsort(-lengths[first : first + window], kind="stable")
         widths, start = -(-lengths[order] // multiple) * multiple, 0
         while start < len(order):
-            batches.append(order[start:start + max(1, size * tokens // widths[start])])
+            batches.append(order[start : start + max(1, size * tokens // widths[start])])
             start += len(batches[-1])
     return batches
 
@@ -318,12 +325,16 @@ def collate(encoded, rows, pad_id, limit=None, multiple=8):
     lengths = encoded.starts[rows + 1] - encoded.starts[rows]
     width = max(lengths.max(), min(-(-lengths.max() // multiple) * multiple, limit or 1 << 30))
     columns = np.arange(width)
-    mask = columns < lengths[:, None]                                               # (B, T)
+    mask = columns < lengths[:, None]  # (B, T)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = encoded.ids[(encoded.starts[rows][:, None] + columns)[mask]]
     types = mask & (columns >= encoded.second[rows][:, None])
-    return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types.astype(np.int64),
-            "labels": encoded.labels[rows]}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.astype(np.int64),
+        "token_type_ids": types.astype(np.int64),
+        "labels": encoded.labels[rows],
+    }
 
 
 def eval_batches(encoded, pad_id, limit, size=64):
@@ -336,178 +347,33 @@ def eval_batches(encoded, pad_id, limit, size=64):
 
 # --- archives ----------------------------------------------------------------------------------------------------
 
-def find_archive(url, folder, out):
-    """The path of an archive: in --archives when given, else downloaded beside the data set once."""
-    path = Path(folder or Path(out).parent / "archives") / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        if folder:
-            raise UserError(f"{path} does not exist (--archives); it can be had from {url}")
-        try:
-            with (urllib.request.urlopen(url, timeout=60) as response, write_atomic(path, "wb") as file,
-                  progress_bar(total=response.length, desc=path.name, unit="B", unit_scale=True) as bar):
-                while block := response.read(1 << 20):
-                    bar.update(file.write(block))
-                if response.length:  # counted down as it is read, and short of 0 is no error to urllib or torch.hub
-                    raise OSError(f"it ended {response.length:,} bytes too early")
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: {error}; or fetch the file yourself and give its folder with --archives") from None
-    return path
-
-
-def read_archive(path, wanted):
-    """Yield (key, member's name, bytes) for each of `wanted`, {key: name, or a pattern with *}, in a .zip or .tar.gz.
-
-    UserError when the archive is damaged, and at the end when one of `wanted` was not there.
-    """
-    found = set()
-
-    def keys(name):
-        mine = [key for key, pattern in wanted.items() if fnmatchcase(name, pattern)]
-        found.update(mine)
-        return mine
-
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as opened:
-                for name in opened.namelist():
-                    yield from ((key, name, opened.read(name)) for key in keys(name))
-        else:
-            with tarfile.open(path) as opened:
-                for info in opened:
-                    yield from ((key, info.name, opened.extractfile(info).read()) for key in keys(info.name))
-                while opened.fileobj.read(1 << 20):  # to the very end: gzip's checksum is there
-                    pass
-    except PermissionError:
-        raise
-    except Exception as error:  # nothing but zipfile and tarfile runs here; a wrong byte can surface as any error
-        reason = str(error).partition("\n")[0].rstrip(":")
-        raise UserError(f"{path} is damaged or cut short ({reason}): delete it and fetch it again") from None
-    if missing := [pattern for key, pattern in wanted.items() if key not in found]:
-        raise UserError(f"{path} has no member {missing[0]}")
-
-
-def clean(text):
-    """Text for one cell: tabs and line breaks become spaces, all else stays."""
-    return re.sub(r"[\t\r\n]", " ", text)
-
-
-def read_xnli(path, path_mt, languages, train_languages):
-    """The XNLI archives -> {(split, language): (rows of (text_a, text_b, label), archive, member)}."""
-    data = {}
-    members = {language: f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv" for language in train_languages}
-    for language, member, content in read_archive(path_mt, members):
-        rows = xnli_rows(content, f"{path_mt}:{member}", ["premise", "hypo", "label"])
-        check_rows({language: rows}, f"{path_mt}:{member}", "train", XNLI_ROWS)
-        data["train", language] = rows, path_mt.name, member
-    members = {split: f"XNLI-1.0/xnli.{split}.tsv" for split in ("dev", "test")}
-    columns = ["language", "pairID", "sentence1", "sentence2", "gold_label"]
-    for split, member, content in read_archive(path, members):
-        rows = {language: [] for language in languages}
-        for language, *row in xnli_rows(content, f"{path}:{member}", columns):
-            rows.get(language, []).append(row)
-        check_rows(rows, f"{path}:{member}", split, XNLI_ROWS)
-        data |= {(split, language): ([row[1:] for row in rows[language]], path.name, member) for language in languages}
-    return data
-
-
-def xnli_rows(content, name, columns):
-    """The named columns of an XNLI table, of which the last is the label: N lists. UserError when one is missing."""
-    lines = table_lines(io.BytesIO(content), name)
-    header = next(lines)
-    if missing := [column for column in columns if column not in header]:
-        raise UserError(f"{name}, line 1: no column {missing[0]!r} in {header[:19]}")
-    where = [header.index(column) for column in columns]
-    rows = [[clean(cells[i]) for i in where] for cells in lines]
-    for number, row in enumerate(rows, 2):
-        row[-1] = "contradiction" if row[-1] == "contradictory" else row[-1]  # as XNLI-MT calls it
-        label_index(row[-1], XNLI_LABELS, f"{name}, line {number}")
-    return rows
-
-
-def read_massive(path, languages, train_languages, intents, balance, seed):
-    """The MASSIVE archive -> label names, {(split, language): (rows of (text, label), archive, member)}.
-
-    The most frequent `intents` (0: all) of English train are kept, whatever the languages.
-    """
-    def locale(code):  # zh is zh-CN; de, as any other, the one de-* there is; pt-PT and pt_PT are themselves
-        return "zh-CN" if code == "zh" else code.replace("_", "-") + "-*" * (len(code) == 2)
-
-    source, everything = english(languages + train_languages), languages + train_languages
-    records, members = {code: {split: [] for split in SPLITS} for code in [source, *everything]}, {}
-    for code, member, content in read_archive(path, {code: f"1.0/data/{locale(code)}.jsonl" for code in records}):
-        members[code] = member
-        for number, line in enumerate(text_lines(io.BytesIO(content), f"{path}:{member}"), 1):
-            try:
-                record = json.loads(line)
-                (record["intent"] + record["utt"]).encode("utf-8")  # half of a surrogate pair is an error
-                records[code][record["partition"]].append((record["id"], clean(record["utt"]), record["intent"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}:{member}, line {number}: expected a JSON object with id, partition "
-                                f"(train, dev or test), intent and utt ({error!r})") from None
-    for split in SPLITS:
-        check_rows({code: found[split] for code, found in records.items()}, f"{path}, partition {split}", split,
-                   MASSIVE_ROWS)
-    counts = Counter(intent for _, _, intent in records[source]["train"])
-    labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[:intents or None])
-    if len(labels) < 2:
-        raise UserError(f"{path}:{members[source]}: {len(labels)} intents in the train partition, expected two or more")
-    data = {}
-    for split in SPLITS:
-        for code in train_languages if split == "train" else languages:
-            rows = [row[1:] for row in records[code][split] if row[2] in labels]
-            rows = balanced(rows, seed) if balance and split == "train" else rows
-            data[split, code] = rows, path.name, members[code]
-    return labels, data
-
-
-def english(languages):
-    """The code that English has among some languages, else "en"."""
-    return next((code for code in languages if code.startswith("en")), "en")
-
-
-def balanced(rows, seed):
-    """Repeat (text, label) rows of the smaller classes until all are as large as the largest (paper section 1.3)."""
-    random = np.random.default_rng(seed)
-    counts = Counter(label for _, label in rows)
-    for label in sorted(counts):
-        mine = [row for row in rows if row[1] == label]
-        rows = rows + [mine[i] for i in random.permutation(np.arange(max(counts.values()) - len(mine)) % len(mine))]
-    return rows
-
-
-def check_rows(rows, where, split, published):
-    """UserError unless each language has rows, with the first's ids and labels; a warning when they are not as many as
-    published. rows: {language: rows of (id, ..., label)}; published: {split: count}."""
-    keys = {language: [(row[0], row[-1]) for row in mine] for language, mine in rows.items()}
-    first = next(iter(keys))
-    for language, mine in keys.items():
-        if not mine:
-            raise UserError(f"{where} has no rows for the language {language!r}")
-        if mine != keys[first]:
-            raise UserError(f"{where}: {language} is not row-parallel with {first}: other ids or labels")
-    if len(mine) != published[split]:
-        print(f"warning: {where} has {len(mine):,} rows where the published {split} set has {published[split]:,}",
-              file=sys.stderr)
-
 
 def write_data_set(out, labels, columns, data):
     """Write a data set folder. columns: names of a row's cells; data: {(split, language): (rows, archive, member)}."""
     out, sources, names = Path(out), {}, {f"{split}.{language}.tsv" for split, language in data}
     others = sorted({path.name for path in out.glob("*.*.tsv")} - names)
     if others or (out / "labels.txt").is_file() and read_labels(out) != labels:
-        raise UserError(f"{out} holds another data set ({others[0] if others else 'other labels'}): "
-                        "give another --out, or delete it")
+        raise UserError(
+            f"{out} holds another data set ({others[0] if others else 'other labels'}): "
+            "give another --out, or delete it"
+        )
     with write_atomic(out / "labels.txt") as file:
         file.writelines(f"{label}\n" for label in labels)
     for (split, language), (rows, archive, member) in data.items():
         path = out / f"{split}.{language}.tsv"
         write_table(path, dict(zip(columns, zip(*rows))))
-        sources[path.name] = {"archive": archive, "member": member, "sha256": sha256(path), "rows": len(rows)}
+        sources[path.name] = {
+            "archive": archive,
+            "member": member,
+            "sha256": sha256(path),
+            "rows": len(rows),
+        }
         print(f"{path}: {len(rows):,} rows")
     write_json(out / "sources.json", sources)
 
 
 # --- the commands ------------------------------------------------------------------------------------------------
+
 
 def check(folder, model=None, max_length=128):
     """Print what a data set folder holds and what is odd about it."""
@@ -522,21 +388,43 @@ def check(folder, model=None, max_length=128):
         share = np.bincount(rows.labels, minlength=len(labels)) / len(texts)
         again = "" if split == "train" else f"{sum(text in train for text in texts):,}"
         train.update(texts if split == "train" else [])
-        table.append([f"{split}.{language}", f"{len(texts):,}", f"{share.min():.1%}", f"{share.max():.1%}",
-                      f"{len(texts) - len(set(texts)):,}", again])
+        table.append(
+            [
+                f"{split}.{language}",
+                f"{len(texts):,}",
+                f"{share.min():.1%}",
+                f"{share.max():.1%}",
+                f"{len(texts) - len(set(texts)):,}",
+                again,
+            ]
+        )
         if model:
             encoded = encode(tokenizer, rows, max_length=1 << 20)
-            table[-1] += [f"{encoded.lengths.mean():.1f}", f"{np.mean(encoded.ids == tokenizer.unk_token_id):.2%}",
-                          f"{np.mean(encoded.lengths > max_length):.1%}"]
+            table[-1] += [
+                f"{encoded.lengths.mean():.1f}",
+                f"{np.mean(encoded.ids == tokenizer.unk_token_id):.2%}",
+                f"{np.mean(encoded.lengths > max_length):.1%}",
+            ]
         name, expected = first.setdefault(split, (language, rows.labels))
         if split != "train" and rows.labels != expected:
-            notes += (f"note: {split}.{language}.tsv is not row-parallel with {split}.{name}.tsv: "
-                      "no mean over languages will be compared\n")
+            notes += (
+                f"note: {split}.{language}.tsv is not row-parallel with {split}.{name}.tsv: "
+                "no mean over languages will be compared\n"
+            )
     print(f"{folder}: {len(labels)} labels: {' '.join(labels[:8])}{' ...' * (len(labels) > 8)}\n")
-    print(markdown_table(["file", "rows", "smallest", "largest", "twice", "in train"]
-                         + ["tokens", "unknown", "cut"] * bool(model), table))
-    print("\nsmallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
-          "in train: rows whose text is in a train file too" + f"; cut: longer than {max_length} tokens" * bool(model))
+    print(
+        markdown_table(
+            ["file", "rows", "smallest", "largest", "twice", "in train"]
+            + ["tokens", "unknown", "cut"] * bool(model),
+            table,
+        )
+    )
+    print(
+        "\nsmallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
+        "in train: rows whose text is in a train file too"
+        + f"; cut: longer than {max_length} tokens"
+        * bool(model)
+    )
     print(notes, end="")
 
 
@@ -548,31 +436,68 @@ def language_code(text):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, languages, form in (("xnli", "en zh es de ar ur", {"choices": XNLI_LANGUAGES}),
-                                  ("massive", "en de es fr zh", {"type": language_code})):
+    for name, languages, form in (
+        ("xnli", "en zh es de ar ur", {"choices": XNLI_LANGUAGES}),
+        ("massive", "en de es fr zh", {"type": language_code}),
+    ):
         command = commands.add_parser(name, help=f"fetch and convert {name}", allow_abbrev=False)
         command.add_argument("--out", required=True, help="data set folder to write")
-        command.add_argument("--archives", metavar="DIR",
-                             help="folder that holds the archives (default: download them)")
-        command.add_argument("--languages", nargs="+", default=languages.split(), metavar="LANG", **form,
-                             help=f"languages of dev and test (default: {languages})")
-        command.add_argument("--train-languages", nargs="+", metavar="LANG", **form,
-                             help="languages of train (default: English)")
+        command.add_argument(
+            "--archives",
+            metavar="DIR",
+            help="folder that holds the archives (default: download them)",
+        )
+        command.add_argument(
+            "--languages",
+            nargs="+",
+            default=languages.split(),
+            metavar="LANG",
+            **form,
+            help=f"languages of dev and test (default: {languages})",
+        )
+        command.add_argument(
+            "--train-languages",
+            nargs="+",
+            metavar="LANG",
+            **form,
+            help="languages of train (default: English)",
+        )
         if name == "massive":
-            command.add_argument("--intents", type=in_range(int, 0), default=4,
-                                 help="keep the N most frequent intents of English train (default: 4; 0: all 60)")
-            command.add_argument("--balance", action="store_true",
-                                 help="repeat train rows of the smaller classes until all are equal, as the paper did")
-            command.add_argument("--seed", type=in_range(int, 0), default=0, help="for --balance (default: 0)")
-    command = commands.add_parser("check", help="print what a data set folder holds and what is odd about it",
-                                  allow_abbrev=False)
+            command.add_argument(
+                "--intents",
+                type=in_range(int, 0),
+                default=4,
+                help="keep the N most frequent intents of English train (default: 4; 0: all 60)",
+            )
+            command.add_argument(
+                "--balance",
+                action="store_true",
+                help="repeat train rows of the smaller classes until all are equal, as the paper did",
+            )
+            command.add_argument(
+                "--seed", type=in_range(int, 0), default=0, help="for --balance (default: 0)"
+            )
+    command = commands.add_parser(
+        "check",
+        help="print what a data set folder holds and what is odd about it",
+        allow_abbrev=False,
+    )
     command.add_argument("folder", help="data set folder")
-    command.add_argument("--model", help="model whose tokenizer to count tokens with (hub name or folder)")
-    command.add_argument("--max-length", type=in_range(int, 1), default=128,
-                         help="tokens a row may have (default: 128)")
+    command.add_argument(
+        "--model", help="model whose tokenizer to count tokens with (hub name or folder)"
+    )
+    command.add_argument(
+        "--max-length",
+        type=in_range(int, 1),
+        default=128,
+        help="tokens a row may have (default: 128)",
+    )
     args = parser.parse_args(argv)
     if args.command == "massive" and args.intents == 1:
         parser.error("--intents 1: expected 0 (all) or 2 and more")
@@ -590,7 +515,9 @@ def main(argv=None):
         write_data_set(args.out, XNLI_LABELS, ["text_a", "text_b", "label"], data)
     else:
         path = find_archive(MASSIVE_URL, args.archives, args.out)
-        labels, data = read_massive(path, args.languages, train_languages, args.intents, args.balance, args.seed)
+        labels, data = read_massive(
+            path, args.languages, train_languages, args.intents, args.balance, args.seed
+        )
         write_data_set(args.out, labels, ["text", "label"], data)
 
 

@@ -15,6 +15,7 @@ half() alone knows which column is which model's; one_model() takes one out.
 Letters as in model.py; also F files (dev.de, test.zh, ...), and K, what a product puts out: H hidden units, or the C
 classes where there is no hidden layer. A model but for its seed is known by its key, (pooling, layers, lr).
 """
+
 import argparse
 import csv
 import functools
@@ -22,16 +23,27 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (UserError, agree, claim, cli, finish_folder, in_range, load_array, markdown_table, out_of_memory,
-                    pick_device, pick_precision, progress_bar, read_json, sha256, spread, start_folder,
-                    start_processes, versions, write_atomic, write_json)
+from lib.devices import agree, pick_device, pick_precision, start_processes
+from lib.folders import (
+    claim,
+    finish_folder,
+    load_array,
+    read_json,
+    sha256,
+    start_folder,
+    versions,
+    write_atomic,
+    write_json,
+)
+from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar
+from lib.scores import Results, choices, columns_of, micro_f1
+from lib.tables import joined, summary
 from model import POOLINGS
 
 POOL = 1 << 23  # random values that dropout's masks are cut from
@@ -39,12 +51,13 @@ POOL = 1 << 23  # random values that dropout's masks are cut from
 
 # --- the models --------------------------------------------------------------------------------------------------
 
+
 def half(full, layer):
     """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer), a view.
 
     Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
     """
-    return full.unflatten(3, (-1, 2, 2 ** layer))[:, :, :, :, 1]
+    return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
 
 def initial_weights(generators, layers, size, classes, hidden, dtype, device):
@@ -53,26 +66,39 @@ def initial_weights(generators, layers, size, classes, hidden, dtype, device):
     All models of a seed begin from the same draw, scaled by their own number of inputs. Returns a list: for each layer
     (S, D, K * M/2), then the bias (S, K, M) and, with a hidden layer, the next weights (S, H, C, M) and bias (S, C, M).
     """
-    models, units = 2 ** layers, hidden or classes
+    models, units = 2**layers, hidden or classes
 
     def uniform(*shape):
-        return torch.stack([torch.rand(*shape, generator=g, dtype=dtype, device=device) * 2 - 1 for g in generators])
+        return torch.stack(
+            [
+                torch.rand(*shape, generator=g, dtype=dtype, device=device) * 2 - 1
+                for g in generators
+            ]
+        )
 
-    used = torch.tensor([bin(m).count("1") for m in range(models)], dtype=dtype, device=device).clamp(min=1)
-    scale = 1 / (used * size).sqrt()                                                           # (M,)
-    weights = [(uniform(size, units)[..., None] * half(scale[None, None, None], layer).reshape(-1)).flatten(2)
-               for layer in range(layers)]
+    used = torch.tensor(
+        [bin(m).count("1") for m in range(models)], dtype=dtype, device=device
+    ).clamp(min=1)
+    scale = 1 / (used * size).sqrt()  # (M,)
+    weights = [
+        (
+            uniform(size, units)[..., None] * half(scale[None, None, None], layer).reshape(-1)
+        ).flatten(2)
+        for layer in range(layers)
+    ]
     weights += [uniform(units)[..., None] * scale]
     if hidden:
-        weights += [(uniform(hidden, classes) / hidden ** 0.5)[..., None].repeat(1, 1, 1, models),
-                    (uniform(classes) / hidden ** 0.5)[..., None].repeat(1, 1, models)]
+        weights += [
+            (uniform(hidden, classes) / hidden**0.5)[..., None].repeat(1, 1, 1, models),
+            (uniform(classes) / hidden**0.5)[..., None].repeat(1, 1, models),
+        ]
     return weights
 
 
 def forward(weights, x, scale=1.0, mask=1.0):
     """The logits of all models: x (L, S, B, D) -> (S, B, C, M). `scale` and `mask` (S, B, H, 1) are dropout's."""
-    layers, (bias, *head) = weights[:len(x)], weights[len(x):]
-    out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])                              # (S, B, K, M)
+    layers, (bias, *head) = weights[: len(x)], weights[len(x) :]
+    out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])  # (S, B, K, M)
     for layer, weight in enumerate(layers):
         part = half(out, layer)
         part += torch.bmm(x[layer], weight.to(x.dtype)).view_as(part)
@@ -83,8 +109,20 @@ def forward(weights, x, scale=1.0, mask=1.0):
     return out
 
 
-def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch_size=128, lr=1e-3, dropout=0.1,
-                 dtype=torch.float32, progress=lambda: None):
+def train_models(
+    features,
+    labels,
+    classes,
+    seeds,
+    *,
+    hidden=0,
+    epochs=20,
+    batch_size=128,
+    lr=1e-3,
+    dropout=0.1,
+    dtype=torch.float32,
+    progress=lambda: None,
+):
     """Train all subsets of the layers, for several seeds, together: Adam on the mean cross-entropy of each model.
 
     features (L, N, D) in the dtype of the products, labels (N,). Every model of a seed sees the same rows in the same
@@ -96,32 +134,52 @@ def train_models(features, labels, classes, seeds, *, hidden=0, epochs=20, batch
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     weights = initial_weights(generators, layers, size, classes, hidden, dtype, device)
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=lr, fused=True)
-    pool = torch.rand(max(POOL, 2 * layers * batch_size * max(size, hidden)), device=device,
-                      generator=torch.Generator(device).manual_seed(0)).ge(dropout).to(features.dtype)
+    pool = (
+        torch.rand(
+            max(POOL, 2 * layers * batch_size * max(size, hidden)),
+            device=device,
+            generator=torch.Generator(device).manual_seed(0),
+        )
+        .ge(dropout)
+        .to(features.dtype)
+    )
 
-    def mask(generator, *shape):  # a window of the pool: to draw a mask anew costs a fifth of a step
-        start = int(torch.randint(len(pool) - math.prod(shape), (), generator=generator, device=device))
-        return pool[start:start + math.prod(shape)].view(shape)
+    def mask(
+        generator, *shape
+    ):  # a window of the pool: to draw a mask anew costs a fifth of a step
+        start = int(
+            torch.randint(len(pool) - math.prod(shape), (), generator=generator, device=device)
+        )
+        return pool[start : start + math.prod(shape)].view(shape)
 
     for _ in range(epochs):
-        orders = torch.stack([torch.randperm(count, generator=g, device=device) for g in generators])    # (S, N)
-        for rows in orders.split(batch_size, dim=1):                                                     # (S, B)
-            x, after = features.index_select(1, rows.flatten()).unflatten(1, rows.shape), 1.0            # (L, S, B, D)
+        orders = torch.stack(
+            [torch.randperm(count, generator=g, device=device) for g in generators]
+        )  # (S, N)
+        for rows in orders.split(batch_size, dim=1):  # (S, B)
+            x, after = (
+                features.index_select(1, rows.flatten()).unflatten(1, rows.shape),
+                1.0,
+            )  # (L, S, B, D)
             if dropout:
                 for part, generator in zip(x.unbind(1), generators):
                     part *= mask(generator, *part.shape)
                 if hidden:
-                    after = torch.stack([mask(generator, rows.shape[1], hidden, 1) for generator in generators])
-            logits = forward(weights, x, 1 / (1 - dropout), after).flatten(0, 1)                         # (S * B, C, M)
-            right = labels[rows].flatten()[:, None].expand(-1, logits.shape[2])                          # (S * B, M)
+                    after = torch.stack(
+                        [mask(generator, rows.shape[1], hidden, 1) for generator in generators]
+                    )
+            logits = forward(weights, x, 1 / (1 - dropout), after).flatten(0, 1)  # (S * B, C, M)
+            right = labels[rows].flatten()[:, None].expand(-1, logits.shape[2])  # (S * B, M)
             loss = F.cross_entropy(logits, right, reduction="sum") / rows.shape[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             progress()
     if not all(weight.isfinite().all() for weight in weights):
-        raise UserError(f"the search's weights are not finite, its loss is {loss.item():.3g}: "
-                        f"are the features sane, and is --lr {lr} not too high?")
+        raise UserError(
+            f"the search's weights are not finite, its loss is {loss.item():.3g}: "
+            f"are the features sane, and is --lr {lr} not too high?"
+        )
     return [weight.detach() for weight in weights]
 
 
@@ -132,14 +190,20 @@ def one_model(weights, layers, combination, seed):
     seeds. A grid keeps no weights: train them again, and give the module features scaled as those were (scaling()).
     """
     bits = [l for l, layer in enumerate(layers) if layer in combination]
-    m, parts = sum(2 ** l for l in bits), []
+    m, parts = sum(2**l for l in bits), []
     for l in bits:
-        having = half(torch.arange(2 ** len(layers))[None, None, None], l).flatten().tolist()  # the models with layer l
-        parts.append(weights[l][seed].unflatten(1, (-1, len(having)))[:, :, having.index(m)])  # (D, K)
-    rest = [weight[seed, ..., m] for weight in weights[len(layers):]]
+        having = (
+            half(torch.arange(2 ** len(layers))[None, None, None], l).flatten().tolist()
+        )  # the models with layer l
+        parts.append(
+            weights[l][seed].unflatten(1, (-1, len(having)))[:, :, having.index(m)]
+        )  # (D, K)
+    rest = [weight[seed, ..., m] for weight in weights[len(layers) :]]
     modules = []
     for weight, bias in zip([torch.cat(parts), *rest[1::2]], rest[::2]):
-        modules += [nn.ReLU()] * bool(modules) + [nn.Linear(*weight.shape, dtype=weight.dtype, device=weight.device)]
+        modules += [nn.ReLU()] * bool(modules) + [
+            nn.Linear(*weight.shape, dtype=weight.dtype, device=weight.device)
+        ]
         modules[-1].weight.data, modules[-1].bias.data = weight.T.contiguous(), bias.clone()
     return nn.Sequential(*modules)
 
@@ -148,12 +212,18 @@ def one_model(weights, layers, combination, seed):
 def confusion_matrices(weights, features, labels, classes, chunk=512):
     """Confusion matrices of all models on one test file: (S, M, true C, predicted C) int32 NumPy."""
     seeds, models = weights[-1].shape[0], weights[-1].shape[-1]
-    total = torch.zeros(seeds * models * classes * classes, dtype=torch.int64, device=features.device)
+    total = torch.zeros(
+        seeds * models * classes * classes, dtype=torch.int64, device=features.device
+    )
     model = torch.arange(seeds * models, device=features.device).view(seeds, 1, models)
-    weights = [weight.to(features.dtype) for weight in weights[:len(features)]] + weights[len(features):]
+    weights = [weight.to(features.dtype) for weight in weights[: len(features)]] + weights[
+        len(features) :
+    ]
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)
-        predicted = forward(weights, features[:, None, part].expand(-1, seeds, -1, -1)).argmax(2)    # (S, B, M)
+        predicted = forward(weights, features[:, None, part].expand(-1, seeds, -1, -1)).argmax(
+            2
+        )  # (S, B, M)
         index = (model * classes + labels[part][None, :, None]) * classes + predicted
         total += torch.bincount(index.flatten(), minlength=len(total))
     return total.view(seeds, models, classes, classes).cpu().numpy().astype(np.int32)
@@ -161,12 +231,15 @@ def confusion_matrices(weights, features, labels, classes, chunk=512):
 
 # --- features ----------------------------------------------------------------------------------------------------
 
+
 def load_features(folder, manifest, layers, device, pooling, stem):
     """These layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
     rows, classes = manifest["inputs"][f"{stem}.tsv"]["rows"], len(manifest["labels"])
     path = Path(folder) / f"{stem}.{pooling}.npy"
     array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
-    array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(np.float32)
+    array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(
+        np.float32
+    )
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
     labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,), "i"), np.int64)
@@ -187,208 +260,57 @@ def scaling(features):
 
 # --- scores and choices ------------------------------------------------------------------------------------------
 
-class Results(NamedTuple):
-    """The confusion matrices of all models on all files."""
-    keys: list             # G of (pooling, layers, lr)
-    columns: list          # F of dev_LANG and test_LANG, as in results.csv
-    source: str            # the language trained on
-    confusion: np.ndarray  # (G, S, F, true C, predicted C)
-
-
-def micro_f1(confusion):
-    """Micro-F1 from confusion matrices (..., C, C), as in the paper's section 1.5. Each row has one label, so there are
-    as many false positives as false negatives: precision, recall, F1 and accuracy are one."""
-    return np.trace(confusion, axis1=-2, axis2=-1) / np.maximum(confusion.sum((-2, -1)), 1)
-
-
-def macro_f1(confusion):
-    """The classes' mean F1 from confusion matrices (..., C, C); a class with neither rows nor predictions counts 0."""
-    true = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return (2 * true / np.maximum(confusion.sum(-1) + confusion.sum(-2), 1)).mean(-1)
-
-
-def columns_of(columns, source):
-    """The columns whose mean each protocol ranks by, those there are: {"en": the source language's dev, "joint": the
-    other languages' dev, "test": their test}, as places [i, ...]."""
-    groups = {}
-    for i, column in enumerate(columns):
-        split, language = column.split("_", 1)
-        if language != source or split == "dev":
-            groups.setdefault("en" if language == source else {"dev": "joint", "test": "test"}[split], []).append(i)
-    return groups
-
-
-def rank(keys, scores):
-    """The places of G keys by falling score (G,), each pooling and combination once, at its own best rate.
-
-    Ties go to fewer layers, to lower ones, to the first pooling; and to the smaller rate.
-    """
-    poolings, found = list(dict.fromkeys(pooling for pooling, _, _ in keys)), {}
-
-    def order(g):
-        pooling, layers, lr = keys[g]
-        return -round(float(scores[g]), 9), len(layers), layers, poolings.index(pooling), lr
-
-    for g in sorted(range(len(keys)), key=order):
-        found.setdefault(keys[g][:2], g)
-    return list(found.values())
-
-
-def choices(results):
-    """What each protocol chooses, as places of keys: {"en", "joint", "test": g}, and the oracle's {language: g}."""
-    mean = micro_f1(results.confusion).mean(1)                                                  # (G, F)
-    chosen = {name: rank(results.keys, mean[:, group].mean(1))[0]
-              for name, group in columns_of(results.columns, results.source).items()}
-    oracle = {column[4:]: rank(results.keys, mean[:, i])[0]
-              for i, column in enumerate(results.columns) if column.startswith("dev_")}
-    return chosen, oracle
-
 
 # --- the grid folder ---------------------------------------------------------------------------------------------
-
-def joined(layers):
-    return "+".join(map(str, layers))
-
-
-def number(value):
-    return "" if np.isnan(value) else f"{value:.2f}"
-
-
-def summary(results, chosen, oracle, select, hidden, seconds):
-    """The report in Markdown, with what choices() gave. `select`: the protocol to rank by; `seconds`: of all models."""
-    keys, columns, source, confusion = results
-    f1, macro = 100 * micro_f1(confusion), 100 * macro_f1(confusion)                            # (G, S, F)
-    groups = columns_of(columns, source)
-    score = f1[..., groups[select]].mean(2)                                                     # (G, S)
-    test = f1[..., groups["test"]].mean(2) if "test" in groups else np.full(score.shape, np.nan)
-    mean = score.mean(1)                                                                        # (G,)
-    order = rank(keys, mean / 100)
-    poolings, rates = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 2))
-
-    def named(g):
-        return f"{keys[g][0]} of {joined(keys[g][1])}, lr {keys[g][2]:g}"
-
-    def average(places):
-        return mean[places].mean() if places else np.nan
-
-    def conclusions(places):
-        single = max((g for g in places if len(keys[g][1]) == 1), key=mean.__getitem__)
-        best = max(places, key=mean.__getitem__)
-        return [*(number(average([g for g in places if keys[g][0] == pooling])) for pooling in poolings),
-                *(f"{joined(keys[g][1])} {keys[g][0]} {mean[g]:.2f}" for g in (single, best)),
-                f"{mean[best] - mean[single]:+.2f}"]
-
-    top = [[place, keys[g][0], joined(keys[g][1]), f"{keys[g][2]:g}",
-            *(number(value) for x in (score[g], test[g]) for value in (x.mean(), spread(x) if len(x) > 1 else np.nan))]
-           for place, g in enumerate(order[:10], 1)]
-    by_rate = [[f"{lr:g}", *conclusions([g for g, key in enumerate(keys) if key[2] == lr])] for lr in rates]
-    by_rate += [["each at its best", *conclusions(order)]] * (len(rates) > 1)
-    worth = []
-    for layer in sorted({layer for _, layers, _ in keys for layer in layers}):
-        has, lacks = (average([g for g in order if (layer in keys[g][1]) == own]) for own in (True, False))
-        alone = [average([g for g in order if keys[g][:2] == (pooling, (layer,))]) for pooling in poolings]
-        worth.append([layer, *map(number, (has, lacks, has - lacks, *alone))])
-    protocols, tests = [], [i for i, column in enumerate(columns) if column.startswith("test_")]
-    languages, others = [columns[i][5:] for i in tests], [i in groups.get("test", ()) for i in tests]
-    for name in ("en", "joint", "oracle", "test") if any(others) else ():
-        picks = oracle if name == "oracle" else dict.fromkeys(languages, chosen.get(name))
-        if None not in map(picks.get, languages):
-            scores = np.array([[f1[picks[language], :, i].mean(), macro[picks[language], :, i].mean()]
-                               for language, i in zip(languages, tests)])                       # (languages, 2)
-            protocols.append([name, "per language" if name == "oracle" else named(picks[languages[0]]),
-                              *map(number, scores[:, 0]), *map(number, scores[others].mean(0))])
-    text = f"""# The search
-
-{score.size:,} models ({len(order) // len(poolings)} combinations x {len(poolings)} poolings x {len(rates)} learning \
-rates x {score.shape[1]} seeds{f', hidden layer of {hidden}' if hidden else ''}), {seconds:.1f} s, \
-{1000 * seconds / score.size:.1f} ms a model.
-Micro-F1 in percent, mean and standard deviation (+-) over the seeds. Trained on {source}. Ranked by `{select}`: the
-mean of {', '.join(columns[i] for i in groups[select])}; each combination at the learning rate that is best by it.
-`paper F1` is the mean over the test sets of the languages other than {source}.
-
-The choice: {named(chosen[select])}.
-
-{markdown_table(["rank", "pooling", "layers", "lr", "ranked by", "+-", "paper F1", "+-"], top)}
-
-Conclusions 3 (which pooling: mean over all combinations), 4 (the best single layer) and 5 (what combining adds), at
-each learning rate:
-
-{markdown_table(["lr", *(f"mean: {p}" for p in poolings), "best single", "best", "gain"], by_rate)}
-
-What each layer is worth:
-
-{markdown_table(["layer", "with it", "without it", "difference", *(f"alone: {p}" for p in poolings)], worth)}
-"""
-    if protocols:
-        text += f"""
-What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot;
-`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as
-the paper did.
-
-{markdown_table(["protocol", "choice", *languages, "paper F1", "macro-F1"], protocols)}
-"""
-    return text
 
 
 def write_grid(out, results, labels, select, hidden, seconds, model):
     """Write results.csv, confusion.LANG.csv, summary.md and best.json of a grid folder; returns the summary."""
     (keys, columns, source, confusion), (chosen, oracle) = results, choices(results)
-    described = [{"layers": list(layers), "pooling": pooling, "lr": lr} for pooling, layers, lr in keys]
+    described = [
+        {"layers": list(layers), "pooling": pooling, "lr": lr} for pooling, layers, lr in keys
+    ]
 
     def write_csv(name, *rows):
         with write_atomic(out / name) as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
-    write_csv("results.csv", ["pooling", "layers", "hidden", "lr", "seed", *columns], *(
-        [pooling, joined(layers), hidden, lr, seed, *(f"{value:.12g}" for value in scores)]
-        for (pooling, layers, lr), seeds in zip(keys, micro_f1(confusion)) for seed, scores in enumerate(seeds)))
-    for column, counts in zip(columns, confusion[chosen[select]].sum(0)):                       # (C, C), over seeds
+    write_csv(
+        "results.csv",
+        ["pooling", "layers", "hidden", "lr", "seed", *columns],
+        *(
+            [pooling, joined(layers), hidden, lr, seed, *(f"{value:.12g}" for value in scores)]
+            for (pooling, layers, lr), seeds in zip(keys, micro_f1(confusion))
+            for seed, scores in enumerate(seeds)
+        ),
+    )
+    for column, counts in zip(columns, confusion[chosen[select]].sum(0)):  # (C, C), over seeds
         if column.startswith("test_"):
-            write_csv(f"confusion.{column[5:]}.csv", ["true \\ predicted", *labels],
-                      *([label, *row] for label, row in zip(labels, counts.tolist())))
+            write_csv(
+                f"confusion.{column[5:]}.csv",
+                ["true \\ predicted", *labels],
+                *([label, *row] for label, row in zip(labels, counts.tolist())),
+            )
     text = summary(results, chosen, oracle, select, hidden, seconds)
     with write_atomic(out / "summary.md") as file:
         file.write(text)
-    write_json(out / "best.json", {
-        **described[chosen[select]], "select": select, "hidden": hidden, "model": model, "train_language": source,
-        "per_language": {language: described[g] for language, g in oracle.items()},
-        "protocols": {name: described[g] for name, g in chosen.items()}})
+    write_json(
+        out / "best.json",
+        {
+            **described[chosen[select]],
+            "select": select,
+            "hidden": hidden,
+            "model": model,
+            "train_language": source,
+            "per_language": {language: described[g] for language, g in oracle.items()},
+            "protocols": {name: described[g] for name, g in chosen.items()},
+        },
+    )
     return text
 
 
-def read_grid(folder):
-    """A grid folder -> {(pooling, layers, lr): {"dev_de": percent for each seed, ...}}, its columns, its best.json."""
-    best = read_json(Path(folder) / "best.json", "grid_search.py", {"train_language": str, "select": str})
-    path, grid = Path(folder) / "results.csv", {}
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
-        for row in rows:
-            key = row["pooling"], tuple(map(int, row["layers"].split("+"))), float(row["lr"])
-            grid.setdefault(key, []).append([100 * float(row[column]) for column in columns])
-    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path}: not what grid_search.py writes ({error!r}): "
-                        "delete it, and run the search again") from None
-    return {key: dict(zip(columns, np.transpose(scores))) for key, scores in grid.items()}, columns, best
-
-
-def mean_of_others(entry, split, source):
-    """Mean over the other languages' scores on a split, for each seed."""
-    return np.mean([scores for column, scores in entry.items()
-                    if column.startswith(f"{split}_") and column != f"{split}_{source}"], 0)
-
-
-def at_best_rate(grid, best):
-    """Each pooling and combination of read_grid() at the rate that the selecting protocol prefers:
-    {(pooling, layers): (lr, entry)}."""
-    keys = list(grid)
-    group = columns_of(grid[keys[0]], best["train_language"])[best["select"]]
-    places = rank(keys, [np.mean([list(entry.values())[i] for i in group]) / 100 for entry in grid.values()])
-    return {keys[g][:2]: (keys[g][2], grid[keys[g]]) for g in sorted(places)}
-
-
 # --- the search --------------------------------------------------------------------------------------------------
+
 
 def part_path(out, pooling, lr, seed):
     return Path(out) / "parts" / f"{pooling}.{lr}.{seed}.npz"
@@ -400,9 +322,13 @@ def load_part(path, shape):
         with np.load(path) as part:
             confusion, seconds = part["confusion"], float(part["seconds"])
     except Exception as error:  # NumPy and zipfile raise a dozen different ones
-        raise UserError(f"{path} is damaged or cut short ({error}): delete it, and run the search again") from None
+        raise UserError(
+            f"{path} is damaged or cut short ({error}): delete it, and run the search again"
+        ) from None
     if confusion.shape != shape:
-        raise UserError(f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again")
+        raise UserError(
+            f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again"
+        )
     return confusion, seconds
 
 
@@ -421,128 +347,274 @@ def search(jobs, out, load, source, files, classes, *, scale, precision, bar, **
             if places := divisor.isinf().flatten().nonzero().flatten().tolist():
                 same[pooling] = places
         features = ((features - mean) / divisor).to(precision)
-        weights = train_models(features, labels, classes, seeds, lr=lr, progress=bar.update, **settings)
+        weights = train_models(
+            features, labels, classes, seeds, lr=lr, progress=bar.update, **settings
+        )
         tables = []
         for stem in files:
             features, labels = load(pooling, stem)
-            tables.append(confusion_matrices(weights, ((features - mean) / divisor).to(precision), labels, classes))
+            tables.append(
+                confusion_matrices(
+                    weights, ((features - mean) / divisor).to(precision), labels, classes
+                )
+            )
         seconds = (time.perf_counter() - start) / len(seeds)
-        for seed, confusion in zip(seeds, np.stack(tables, 1)):                                 # (F, M, C, C)
+        for seed, confusion in zip(seeds, np.stack(tables, 1)):  # (F, M, C, C)
             with write_atomic(part_path(out, pooling, lr, seed), "wb") as file:
                 np.savez(file, confusion=confusion[:, 1:], seconds=seconds)
     return same
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     group = parser.add_argument_group("files")
     group.add_argument("--features", required=True, help="feature folder (extract.py)")
     group.add_argument("--out", required=True, help="grid folder to write")
-    group.add_argument("--overwrite", action="store_true", help="delete the search that is in OUT and start anew")
-    group.add_argument("--train-language", metavar="LANG",
-                       help="source language (default: en, or the only one whose train file was extracted)")
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the search that is in OUT and start anew"
+    )
+    group.add_argument(
+        "--train-language",
+        metavar="LANG",
+        help="source language (default: en, or the only one whose train file was extracted)",
+    )
     group = parser.add_argument_group("the search")
-    group.add_argument("--layers", type=int, nargs="+", default=list(range(5, 13)), metavar="K",
-                       help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)")
-    group.add_argument("--poolings", nargs="+", choices=list(POOLINGS), default=list(POOLINGS),
-                       help=f"(default: {' '.join(POOLINGS)})")
-    group.add_argument("--seeds", type=in_range(int, 1), default=5, help="models of each combination (default: 5)")
-    group.add_argument("--select", choices=["joint", "en", "test"], default="joint",
-                       help="rank by the mean of the other languages' dev sets (default), by the source language's dev "
-                            "(en: true zero-shot), or by the mean of the other languages' test sets, as the paper did: "
-                            "its scores are then too high by the choice")
+    group.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=list(range(5, 13)),
+        metavar="K",
+        help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)",
+    )
+    group.add_argument(
+        "--poolings",
+        nargs="+",
+        choices=list(POOLINGS),
+        default=list(POOLINGS),
+        help=f"(default: {' '.join(POOLINGS)})",
+    )
+    group.add_argument(
+        "--seeds", type=in_range(int, 1), default=5, help="models of each combination (default: 5)"
+    )
+    group.add_argument(
+        "--select",
+        choices=["joint", "en", "test"],
+        default="joint",
+        help="rank by the mean of the other languages' dev sets (default), by the source language's dev "
+        "(en: true zero-shot), or by the mean of the other languages' test sets, as the paper did: "
+        "its scores are then too high by the choice",
+    )
     group = parser.add_argument_group("each classifier")
-    group.add_argument("--hidden", type=in_range(int, 0), default=0, help="units of a hidden layer (default: 0: none)")
-    group.add_argument("--epochs", type=in_range(int, 1), default=20, help="passes over the train rows (default: 20)")
-    group.add_argument("--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)")
-    group.add_argument("--lr", type=in_range(float, above=0), nargs="+", default=[1e-4, 3e-4, 1e-3],
-                       metavar="LR", help="Adam's learning rates: each combination stands at its best one by --select "
-                                          "(default: 1e-4 3e-4 1e-3)")
-    group.add_argument("--scale", choices=["layer", "none"], default="layer",
-                       help="take each layer's mean off its features and divide them by one number, their spread over "
-                            "the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 the "
-                            "paper's plain way, 3,825 models)")
-    group.add_argument("--dropout", type=in_range(float, 0, below=1), default=0.1,
-                       help="on the classifier's input (default: 0.1)")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                       help="of matrix products (default: auto: bf16 where the hardware has it)")
+    group.add_argument(
+        "--hidden",
+        type=in_range(int, 0),
+        default=0,
+        help="units of a hidden layer (default: 0: none)",
+    )
+    group.add_argument(
+        "--epochs",
+        type=in_range(int, 1),
+        default=20,
+        help="passes over the train rows (default: 20)",
+    )
+    group.add_argument(
+        "--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)"
+    )
+    group.add_argument(
+        "--lr",
+        type=in_range(float, above=0),
+        nargs="+",
+        default=[1e-4, 3e-4, 1e-3],
+        metavar="LR",
+        help="Adam's learning rates: each combination stands at its best one by --select "
+        "(default: 1e-4 3e-4 1e-3)",
+    )
+    group.add_argument(
+        "--scale",
+        choices=["layer", "none"],
+        default="layer",
+        help="take each layer's mean off its features and divide them by one number, their spread over "
+        "the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 the "
+        "paper's plain way, 3,825 models)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=in_range(float, 0, below=1),
+        default=0.1,
+        help="on the classifier's input (default: 0.1)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of matrix products (default: auto: bf16 where the hardware has it)",
+    )
     args = parser.parse_args(argv)
     for key in ("layers", "poolings", "lr"):
         if len(set(values := getattr(args, key))) < len(values):
             parser.error(f"--{key} {' '.join(map(str, values))}: one is named twice")
     if len(args.layers) > 14:
-        parser.error(f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
-                     "name 14 at most")
+        parser.error(
+            f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
+            "name 14 at most"
+        )
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
-    manifest = read_json(Path(args.features) / "manifest.json", "extract.py", {
-        "layers": [int], "poolings": [str], "hidden_size": int, "labels": [str], "inputs": {str: {"rows": int}},
-        "complete": bool})
+    manifest = read_json(
+        Path(args.features) / "manifest.json",
+        "extract.py",
+        {
+            "layers": [int],
+            "poolings": [str],
+            "hidden_size": int,
+            "labels": [str],
+            "inputs": {str: {"rows": int}},
+            "complete": bool,
+        },
+    )
     if not manifest["complete"]:
-        raise UserError(f"{args.features} is not complete: run extract.py again with the same command")
+        raise UserError(
+            f"{args.features} is not complete: run extract.py again with the same command"
+        )
     for key in ("layers", "poolings"):
         if missing := [value for value in getattr(args, key) if value not in manifest[key]]:
-            raise UserError(f"--{key} {missing[0]}: {args.features} holds {' '.join(map(str, manifest[key]))}, "
-                            "which was all there was when extract.py wrote it")
+            raise UserError(
+                f"--{key} {missing[0]}: {args.features} holds {' '.join(map(str, manifest[key]))}, "
+                "which was all there was when extract.py wrote it"
+            )
     stems = sorted(name.removesuffix(".tsv") for name in manifest["inputs"])
     trained = [stem[6:] for stem in stems if stem.startswith("train.")]
     source = args.train_language or (trained[0] if len(trained) == 1 else "en")
-    files = sorted((stem for stem in stems if not stem.startswith("train.")),
-                   key=lambda stem: (stem[:3], not stem.endswith(f".{source}"), stem))
+    files = sorted(
+        (stem for stem in stems if not stem.startswith("train.")),
+        key=lambda stem: (stem[:3], not stem.endswith(f".{source}"), stem),
+    )
     columns = [stem.replace(".", "_", 1) for stem in files]
     if source not in trained or not files:
-        raise UserError(f"{args.features}: the search needs train.{source} and a dev or test file, "
-                        f"it holds {' '.join(stems)} (--train-language)")
+        raise UserError(
+            f"{args.features}: the search needs train.{source} and a dev or test file, "
+            f"it holds {' '.join(stems)} (--train-language)"
+        )
     if args.select not in columns_of(columns, source):
-        raise UserError(f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)} "
-                        f"(possible: {' '.join(columns_of(columns, source))})")
+        raise UserError(
+            f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)} "
+            f"(possible: {' '.join(columns_of(columns, source))})"
+        )
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
         precision = torch.float32
-    layers, rates, seeds, classes = sorted(args.layers), sorted(args.lr), range(args.seeds), len(manifest["labels"])
-    combinations = [tuple(k for bit, k in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))]
+    layers, rates, seeds, classes = (
+        sorted(args.layers),
+        sorted(args.lr),
+        range(args.seeds),
+        len(manifest["labels"]),
+    )
+    combinations = [
+        tuple(k for bit, k in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))
+    ]
     groups = list(itertools.product(args.poolings, rates))
     settings = {key: getattr(args, key) for key in ("hidden", "epochs", "batch_size", "dropout")}
-    description = {**settings, "seeds": args.seeds, "layers": layers, "poolings": args.poolings, "lr": rates,
-                   "scale": args.scale, "train_language": source, "precision": str(precision).removeprefix("torch."),
-                   "manifest": sha256(Path(args.features) / "manifest.json")}
+    description = {
+        **settings,
+        "seeds": args.seeds,
+        "layers": layers,
+        "poolings": args.poolings,
+        "lr": rates,
+        "scale": args.scale,
+        "train_language": source,
+        "precision": str(precision).removeprefix("torch."),
+        "manifest": sha256(Path(args.features) / "manifest.json"),
+    }
     with claim(out, rank):
-        agree(rank == 0 and start_folder(out, "run.json", "grid_search.py", description,
-                                         {"features": args.features, "versions": versions()}, args.overwrite))
+        agree(
+            rank == 0
+            and start_folder(
+                out,
+                "run.json",
+                "grid_search.py",
+                description,
+                {"features": args.features, "versions": versions()},
+                args.overwrite,
+            )
+        )
         if rank == 0:
-            print(f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} "
-                  f"poolings x {len(rates)} learning rates x {args.seeds} seeds = "
-                  f"{len(combinations) * len(groups) * args.seeds:,} models, trained on {source}, on "
-                  f"{f'{world} processes' if world > 1 else device}, {description['precision']} products")
-        todo = [(group, seed) for group in groups for seed in seeds if not part_path(out, *group, seed).exists()]
+            print(
+                f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} "
+                f"poolings x {len(rates)} learning rates x {args.seeds} seeds = "
+                f"{len(combinations) * len(groups) * args.seeds:,} models, trained on {source}, on "
+                f"{f'{world} processes' if world > 1 else device}, {description['precision']} products"
+            )
+        todo = [
+            (group, seed)
+            for group in groups
+            for seed in seeds
+            if not part_path(out, *group, seed).exists()
+        ]
         agree()  # all have looked before one writes
         mine = {}  # this process's share
         for group, seed in todo[rank::world]:
             mine.setdefault(group, []).append(seed)
         load = functools.partial(load_features, args.features, manifest, layers, device)
-        steps = -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // args.batch_size) * args.epochs * len(mine)
-        with out_of_memory("name fewer --layers, or --seeds at a time"), \
-                progress_bar(total=steps, unit="step", disable=rank > 0) as bar:
-            same = search(mine, out, load, source, files, classes, scale=args.scale, precision=precision, bar=bar,
-                          **settings)
+        steps = (
+            -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // args.batch_size)
+            * args.epochs
+            * len(mine)
+        )
+        with (
+            out_of_memory("name fewer --layers, or --seeds at a time"),
+            progress_bar(total=steps, unit="step", disable=rank > 0) as bar,
+        ):
+            same = search(
+                mine,
+                out,
+                load,
+                source,
+                files,
+                classes,
+                scale=args.scale,
+                precision=precision,
+                bar=bar,
+                **settings,
+            )
         agree()  # all parts are there
         if rank > 0:
             return 0
         for pooling, places in same.items():
-            print(f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
-                  "left at zero")
+            print(
+                f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
+                "left at zero"
+            )
         shape = len(files), len(combinations), classes, classes
-        parts = [[load_part(part_path(out, *group, seed), shape) for seed in seeds] for group in groups]
-        confusion = np.moveaxis([[part[0] for part in row] for row in parts], 3, 1)             # (P * R, M, S, F, C, C)
-        results = Results([(pooling, layers, lr) for pooling, lr in groups for layers in combinations], columns, source,
-                          confusion.reshape(-1, *confusion.shape[2:]))
-        text = write_grid(out, results, manifest["labels"], args.select, args.hidden,
-                          sum(part[1] for row in parts for part in row), manifest.get("model"))
+        parts = [
+            [load_part(part_path(out, *group, seed), shape) for seed in seeds] for group in groups
+        ]
+        confusion = np.moveaxis(
+            [[part[0] for part in row] for row in parts], 3, 1
+        )  # (P * R, M, S, F, C, C)
+        results = Results(
+            [(pooling, layers, lr) for pooling, lr in groups for layers in combinations],
+            columns,
+            source,
+            confusion.reshape(-1, *confusion.shape[2:]),
+        )
+        text = write_grid(
+            out,
+            results,
+            manifest["labels"],
+            args.select,
+            args.hidden,
+            sum(part[1] for row in parts for part in row),
+            manifest.get("model"),
+        )
         finish_folder(out, "run.json")
     print(text, f"written to {out}/", sep="\n")
     return 0

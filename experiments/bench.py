@@ -12,6 +12,7 @@ The limit is the rate of this machine's matrix products (2048 x 2048, measured r
 mean of both) over the operations that the unpadded tokens need. transformers' Trainer, sentence-transformers and
 scikit-learn are needed here alone (requirements-bench.txt).
 """
+
 import argparse
 import contextlib
 import gc
@@ -27,22 +28,46 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sklearn.linear_model import LogisticRegression
-from transformers import (AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel, DataCollatorWithPadding,
-                          Trainer, TrainerCallback, TrainingArguments)
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import train
-from common import (UserError, autocast, cli, in_range, markdown_table, pick_device, pick_precision, to_device,
-                    versions, write_atomic, write_json)
-from data import (collate, encode, eval_batches, load_tokenizer, read_labels, read_split, sorted_batches, take,
-                  train_language, write_table)
+from data import (
+    collate,
+    encode,
+    eval_batches,
+    load_tokenizer,
+    read_labels,
+    read_split,
+    sorted_batches,
+    take,
+    train_language,
+    write_table,
+)
 from extract import pool_all, to_dtype
-from grid_search import confusion_matrices, micro_f1, train_models
-from model import Classifier, drop_pooler, load_encoder, predict, revision
+from grid_search import confusion_matrices, train_models
+from lib.devices import autocast, pick_device, pick_precision, to_device
+from lib.encoders import drop_pooler, load_encoder
+from lib.folders import versions, write_atomic, write_json
+from lib.hub import revision
+from lib.messages import UserError, cli, in_range
+from lib.scores import micro_f1
+from lib.tables import markdown_table
+from model import Classifier, predict
 
 DEVICE = pick_device()
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
+
 
 def wait():
     if DEVICE.type == "cuda":
@@ -60,8 +85,12 @@ def reset_peak():
 def peak():
     """Peak memory since reset_peak(), in MiB."""
     if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return torch.cuda.max_memory_allocated() / 2**20
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -82,7 +111,10 @@ def measure(work, repeats):
 def product_rate(dtype, size=2048, products=8):
     """Operations a second of this machine's matrix products, the best of five."""
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    return max(products * 2 * size ** 3 / measure(lambda: [a @ b for _ in range(products)], 1)[0] for _ in range(5))
+    return max(
+        products * 2 * size**3 / measure(lambda: [a @ b for _ in range(products)], 1)[0]
+        for _ in range(5)
+    )
 
 
 def with_limit(dtype, work):
@@ -95,7 +127,9 @@ def with_limit(dtype, work):
 def operations(config, lengths):
     """Multiplications and additions of one forward pass over rows of these lengths: (N,) -> a number."""
     size, inner = config.hidden_size, config.intermediate_size
-    per_token = 2 * (4 * size ** 2 + 2 * size * inner) + 4 * lengths * size  # products, and attention's two
+    per_token = (
+        2 * (4 * size**2 + 2 * size * inner) + 4 * lengths * size
+    )  # products, and attention's two
     return float(config.num_hidden_layers * (lengths * per_token).sum())
 
 
@@ -107,21 +141,49 @@ class Table:
 
     def add(self, work, beside, ours, theirs, unit, goal, memory=None, their_memory=None):
         """Rates (higher is better) of this project and of what stands beside it; their ratio against a goal."""
-        self.rows.append({"work": work, "beside": beside, "ours": ours, "theirs": theirs, "unit": unit,
-                          "ratio": ours / theirs, "goal": goal, "mib": memory, "their_mib": their_memory})
-        print(f"{work} | {beside}: {ours:.4g} against {theirs:.4g} {unit}, {ours / theirs:.2f}x (goal {goal})",
-              flush=True)
+        self.rows.append(
+            {
+                "work": work,
+                "beside": beside,
+                "ours": ours,
+                "theirs": theirs,
+                "unit": unit,
+                "ratio": ours / theirs,
+                "goal": goal,
+                "mib": memory,
+                "their_mib": their_memory,
+            }
+        )
+        print(
+            f"{work} | {beside}: {ours:.4g} against {theirs:.4g} {unit}, {ours / theirs:.2f}x (goal {goal})",
+            flush=True,
+        )
 
     def markdown(self):
         def number(value):
             return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
-        return markdown_table(["work", "beside", "here", "there", "unit", "ratio", "goal", "MiB here", "MiB there"], [
-            [r["work"], r["beside"], number(r["ours"]), number(r["theirs"]), r["unit"], f"{r['ratio']:.2f}", r["goal"],
-             number(r["mib"]), number(r["their_mib"])] for r in self.rows])
+        return markdown_table(
+            ["work", "beside", "here", "there", "unit", "ratio", "goal", "MiB here", "MiB there"],
+            [
+                [
+                    r["work"],
+                    r["beside"],
+                    number(r["ours"]),
+                    number(r["theirs"]),
+                    r["unit"],
+                    f"{r['ratio']:.2f}",
+                    r["goal"],
+                    number(r["mib"]),
+                    number(r["their_mib"]),
+                ]
+                for r in self.rows
+            ],
+        )
 
 
 # --- extraction --------------------------------------------------------------------------------------------------
+
 
 def our_extraction(model, tokenizer, encoded, dtype, repeats):
     encoder, _ = load_encoder(model)
@@ -145,8 +207,14 @@ def usual_extraction(model, tokenizer, rows):
         with torch.no_grad():
             for start in range(0, len(rows.labels), 32):
                 part = slice(start, start + 32)
-                batch = tokenizer(rows.text_a[part], rows.text_b[part] if rows.text_b else None, padding="max_length",
-                                  max_length=128, truncation=True, return_tensors="pt").to(DEVICE)
+                batch = tokenizer(
+                    rows.text_a[part],
+                    rows.text_b[part] if rows.text_b else None,
+                    padding="max_length",
+                    max_length=128,
+                    truncation=True,
+                    return_tensors="pt",
+                ).to(DEVICE)
                 mask = batch["attention_mask"][:, :, None].float()
                 for states in encoder(**batch, output_hidden_states=True).hidden_states:
                     states.masked_fill(mask == 0, -1e9).amax(1).cpu().numpy()
@@ -159,28 +227,53 @@ def usual_extraction(model, tokenizer, rows):
 def bench_extraction(table, model, rows, dtype, repeats):
     tokenizer, count = load_tokenizer(model), len(rows.labels)
     encoded = encode(tokenizer, rows)
-    (seconds, memory), limit = with_limit(dtype, lambda: our_extraction(model, tokenizer, encoded, dtype, repeats))
+    (seconds, memory), limit = with_limit(
+        dtype, lambda: our_extraction(model, tokenizer, encoded, dtype, repeats)
+    )
     rate = count / seconds
     few = take(rows, max(8, count // 8))
     seconds, theirs = usual_extraction(model, tokenizer, few)
-    table.add("extraction, 13 layers x 3 poolings", "transformers, padded to 128, float32", rate,
-              len(few.labels) / seconds, "rows/s", "9", memory, theirs)
+    table.add(
+        "extraction, 13 layers x 3 poolings",
+        "transformers, padded to 128, float32",
+        rate,
+        len(few.labels) / seconds,
+        "rows/s",
+        "9",
+        memory,
+        theirs,
+    )
     part = Transformer(model, max_seq_length=128)
-    sentences = SentenceTransformer(modules=[part, Pooling(part.get_embedding_dimension())], device=str(DEVICE))
-    texts = [" ".join(pair) for pair in zip(rows.text_a, rows.text_b)] if rows.text_b else rows.text_a
+    sentences = SentenceTransformer(
+        modules=[part, Pooling(part.get_embedding_dimension())], device=str(DEVICE)
+    )
+    texts = (
+        [" ".join(pair) for pair in zip(rows.text_a, rows.text_b)] if rows.text_b else rows.text_a
+    )
     seconds, theirs = measure(lambda: sentences.encode(texts, batch_size=32), 1)
-    table.add("", "sentence-transformers encode (1 vector), float32", rate, count / seconds, "rows/s", "3.5", memory,
-              theirs)
+    table.add(
+        "",
+        "sentence-transformers encode (1 vector), float32",
+        rate,
+        count / seconds,
+        "rows/s",
+        "3.5",
+        memory,
+        theirs,
+    )
     need = operations(BertConfig.from_pretrained(model), encoded.lengths)
     table.add("", "the limit", rate, count * limit / need, "rows/s", "0.65")
 
 
 # --- the search --------------------------------------------------------------------------------------------------
 
+
 def plain_classifier(x, y, seed, classes=4, epochs=20):
     """One linear classifier, trained as most would: nn.Linear, dropout, Adam. x (N, D) -> the module."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(x.shape[1], classes)).to(DEVICE)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(x.shape[1], classes)).to(
+        DEVICE
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(x), device=DEVICE).split(128):
@@ -195,14 +288,18 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
     random = np.random.default_rng(0)
     labels = random.integers(classes, size=rows + 1000)
     centres = random.normal(size=(layers, classes, size))
-    x = random.normal(size=(layers, len(labels), size)) + 0.07 * centres[:, labels]  # F1 between 0.6 and 0.95
+    x = (
+        random.normal(size=(layers, len(labels), size)) + 0.07 * centres[:, labels]
+    )  # F1 between 0.6 and 0.95
     features = torch.from_numpy(x.astype(np.float32)).to(DEVICE)
     y = torch.from_numpy(labels).to(DEVICE)
     fast, found = features.to(dtype), {}
 
     def ours():
         weights = train_models(fast[:, :rows], y[:rows], classes, list(range(seeds)))
-        found["f1"] = micro_f1(confusion_matrices(weights, fast[:, rows:], y[rows:], classes))  # (S, M)
+        found["f1"] = micro_f1(
+            confusion_matrices(weights, fast[:, rows:], y[rows:], classes)
+        )  # (S, M)
 
     reset_peak()
     wait()
@@ -210,8 +307,8 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
     ours()  # no pass to warm up: it has thousands of steps
     wait()
     seconds, memory = time.perf_counter() - start, peak()
-    models = (2 ** layers - 1) * seeds
-    subsets = [int(m) for m in random.permutation(np.arange(1, 2 ** layers))[:8]]
+    models = (2**layers - 1) * seeds
+    subsets = [int(m) for m in random.permutation(np.arange(1, 2**layers))[:8]]
     plain, logistic, scores = [], [], []
     for m in subsets:
         used = torch.cat([features[k] for k in range(layers) if m >> k & 1], dim=1)
@@ -223,19 +320,44 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
         start = time.perf_counter()
         other = LogisticRegression(max_iter=1000).fit(array[:rows], labels[:rows])
         logistic.append(time.perf_counter() - start)
-        scores.append((found["f1"][:, m].mean(), (model(used[rows:]).argmax(1) == y[rows:]).float().mean().item(),
-                       other.score(array[rows:], labels[rows:])))
+        scores.append(
+            (
+                found["f1"][:, m].mean(),
+                (model(used[rows:]).argmax(1) == y[rows:]).float().mean().item(),
+                other.score(array[rows:], labels[rows:]),
+            )
+        )
     f1 = 100 * np.mean(scores, 0)
-    table.add(f"search: {rows:,} rows x {layers} layers x {size}, 20 epochs",
-              f"one at a time, plain torch, float32 ({len(subsets)} of them; F1 {f1[1]:.1f}, here {f1[0]:.1f})",
-              models / seconds, 1 / np.mean(plain), "models/s", "20", memory)
-    table.add("", f"LogisticRegression one at a time (F1 {f1[2]:.1f})", models / seconds, 1 / np.mean(logistic),
-              "models/s", "20", memory)
-    table.add("", f"3,825 models in 90 s (here {3825 / models * seconds:.0f} s)", models / seconds, 3825 / 90,
-              "models/s", "1")
+    table.add(
+        f"search: {rows:,} rows x {layers} layers x {size}, 20 epochs",
+        f"one at a time, plain torch, float32 ({len(subsets)} of them; F1 {f1[1]:.1f}, here {f1[0]:.1f})",
+        models / seconds,
+        1 / np.mean(plain),
+        "models/s",
+        "20",
+        memory,
+    )
+    table.add(
+        "",
+        f"LogisticRegression one at a time (F1 {f1[2]:.1f})",
+        models / seconds,
+        1 / np.mean(logistic),
+        "models/s",
+        "20",
+        memory,
+    )
+    table.add(
+        "",
+        f"3,825 models in 90 s (here {3825 / models * seconds:.0f} s)",
+        models / seconds,
+        3825 / 90,
+        "models/s",
+        "1",
+    )
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------
+
 
 class Clock(TrainerCallback):
     """Seconds of each epoch of a Trainer."""
@@ -252,27 +374,52 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def trainer(model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, compiled=None, labels=3):
+def trainer(
+    model, tokenizer, rows, batch_size, folder, tuned, repeats, dtype, compiled=None, labels=3
+):
     """transformers' Trainer on these rows: padded to 128 in float32, or tuned: dynamic padding, grouped by length."""
-    texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128,
-                      padding=False if tuned else "max_length")
-    data = [{**{key: values[i] for key, values in texts.items()}, "labels": rows.labels[i]}
-            for i in range(len(rows.labels))]
+    texts = tokenizer(
+        rows.text_a,
+        rows.text_b,
+        truncation=True,
+        max_length=128,
+        padding=False if tuned else "max_length",
+    )
+    data = [
+        {**{key: values[i] for key, values in texts.items()}, "labels": rows.labels[i]}
+        for i in range(len(rows.labels))
+    ]
     low = tuned and dtype != torch.float32
     settings = TrainingArguments(
-        folder, num_train_epochs=1 + repeats, per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=2 * batch_size, save_strategy="no", report_to=[], disable_tqdm=True,
-        logging_strategy="no", bf16=low and dtype == torch.bfloat16, fp16=low and dtype == torch.float16,
-        train_sampling_strategy="group_by_length" if tuned else "random", use_cpu=DEVICE.type == "cpu",
-        dataloader_pin_memory=DEVICE.type == "cuda", torch_compile=compiled is not None, torch_compile_mode=compiled)
+        folder,
+        num_train_epochs=1 + repeats,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        bf16=low and dtype == torch.bfloat16,
+        fp16=low and dtype == torch.float16,
+        train_sampling_strategy="group_by_length" if tuned else "random",
+        use_cpu=DEVICE.type == "cpu",
+        dataloader_pin_memory=DEVICE.type == "cuda",
+        torch_compile=compiled is not None,
+        torch_compile_mode=compiled,
+    )
     clock = Clock()
-    module = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, dtype=torch.float32)
+    module = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=labels, dtype=torch.float32
+    )
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-    return Trainer(module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]), clock
+    return Trainer(
+        module, settings, data_collator=collator, train_dataset=data, callbacks=[clock]
+    ), clock
 
 
 class Steps(train.Log):
     """train.py's log, which keeps the seconds of each epoch's steps, and the last epoch's peak memory."""
+
     seconds, memory = [], 0.0
 
     def restart(self):
@@ -293,16 +440,50 @@ def our_training(model, rows, batch_size, precision, epochs, *flags):
     Nothing is saved; what is evaluated, one row, is not counted.
     """
     Steps.seconds, classes = [], sorted(set(rows.labels))
-    names = {"text_a": rows.text_a, "text_b": rows.text_b, "label": [f"class {i}" for i in rows.labels]}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), mock.patch.multiple(
-            train, Log=Steps, LOG_STEPS=1 << 30, update_mean=lambda *_: {}, save_epoch=mock.DEFAULT,
-            save_state=mock.DEFAULT, save_model=mock.DEFAULT):
+    names = {
+        "text_a": rows.text_a,
+        "text_b": rows.text_b,
+        "label": [f"class {i}" for i in rows.labels],
+    }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.multiple(
+            train,
+            Log=Steps,
+            LOG_STEPS=1 << 30,
+            update_mean=lambda *_: {},
+            save_epoch=mock.DEFAULT,
+            save_state=mock.DEFAULT,
+            save_model=mock.DEFAULT,
+        ),
+    ):
         (Path(folder) / "labels.txt").write_text("".join(f"class {i}\n" for i in classes))
         for split, count in (("train", len(rows.labels)), ("dev", 1)):
-            write_table(Path(folder) / f"{split}.en.tsv", {name: column[:count] for name, column in names.items()})
-        train.main([str(flag) for flag in (
-            "--model", model, "--data", folder, "--out", Path(folder) / "run", "--batch-size", batch_size,
-            "--precision", precision, "--epochs", epochs, *flags)])
+            write_table(
+                Path(folder) / f"{split}.en.tsv",
+                {name: column[:count] for name, column in names.items()},
+            )
+        train.main(
+            [
+                str(flag)
+                for flag in (
+                    "--model",
+                    model,
+                    "--data",
+                    folder,
+                    "--out",
+                    Path(folder) / "run",
+                    "--batch-size",
+                    batch_size,
+                    "--precision",
+                    precision,
+                    "--epochs",
+                    epochs,
+                    *flags,
+                )
+            ]
+        )
     gc.collect()
     return Steps.seconds, Steps.memory
 
@@ -310,17 +491,30 @@ def our_training(model, rows, batch_size, precision, epochs, *flags):
 def our_prediction(model, tokenizer, encoded, dtype, repeats):
     """Median seconds and peak memory (MiB) of predicting all rows with BERT's own head, as evaluate.py does."""
     classifier = Classifier(load_encoder(model)[0], range(3), head="pooler").to(DEVICE)
-    return measure(lambda: predict(classifier, eval_batches(encoded, tokenizer.pad_token_id, 128), len(encoded.labels),
-                                   dtype), repeats)
+    return measure(
+        lambda: predict(
+            classifier,
+            eval_batches(encoded, tokenizer.pad_token_id, 128),
+            len(encoded.labels),
+            dtype,
+        ),
+        repeats,
+    )
 
 
 def bench_training(table, name, model, rows, batch_size, precision, repeats, compiled, full):
     """Fine-tuning beside Trainer, plain and compiled; with `full` evaluation and freezing too."""
-    tokenizer, config, count = load_tokenizer(model), BertConfig.from_pretrained(model), len(rows.labels)
+    tokenizer, config, count = (
+        load_tokenizer(model),
+        BertConfig.from_pretrained(model),
+        len(rows.labels),
+    )
     encoded, dtype = encode(tokenizer, rows), pick_precision(precision, DEVICE)
 
     def ours(*flags):
-        return our_training(model, rows, batch_size, precision, 1 + repeats, "--head", "pooler", *flags)
+        return our_training(
+            model, rows, batch_size, precision, 1 + repeats, "--head", "pooler", *flags
+        )
 
     (seconds, memory), limit = with_limit(dtype, ours)
     rate = plain = count / np.median(seconds[1:])
@@ -332,18 +526,39 @@ def bench_training(table, name, model, rows, batch_size, precision, repeats, com
             if mode:
                 seconds, memory = ours("--compile", mode)
                 rate = count / np.median(seconds[1:])
-                table.add(f"fine-tuning, {name}, --compile {mode}", "not compiled", rate, plain, "examples/s", "")
-            theirs, clock = trainer(model, tokenizer, part, batch_size, folder, tuned, passes, dtype, mode)
+                table.add(
+                    f"fine-tuning, {name}, --compile {mode}",
+                    "not compiled",
+                    rate,
+                    plain,
+                    "examples/s",
+                    "",
+                )
+            theirs, clock = trainer(
+                model, tokenizer, part, batch_size, folder, tuned, passes, dtype, mode
+            )
             reset_peak()
             theirs.train()
-            table.add(f"fine-tuning, {name}" * (not tuned), "Trainer, padded to 128, float32" if not tuned else
-                      "Trainer tuned: dynamic padding, by length, same precision" + ", compiled" * (mode is not None),
-                      rate, len(part.labels) / np.median(clock.seconds[1:]), "examples/s", goal, memory, peak())
+            table.add(
+                f"fine-tuning, {name}" * (not tuned),
+                "Trainer, padded to 128, float32"
+                if not tuned
+                else "Trainer tuned: dynamic padding, by length, same precision"
+                + ", compiled" * (mode is not None),
+                rate,
+                len(part.labels) / np.median(clock.seconds[1:]),
+                "examples/s",
+                goal,
+                memory,
+                peak(),
+            )
             if tuned and not mode:
                 need = 3 * operations(config, encoded.lengths)
                 table.add("", "the limit", rate, count * limit / need, "examples/s", "0.5")
             if tuned and not mode and full:
-                order = np.argsort(-encoded.lengths, kind="stable")  # Trainer's own order would pad more
+                order = np.argsort(
+                    -encoded.lengths, kind="stable"
+                )  # Trainer's own order would pad more
                 texts = tokenizer(rows.text_a, rows.text_b, truncation=True, max_length=128)
                 data = [{key: values[i] for key, values in texts.items()} for i in order]
                 its = measure(lambda: theirs.predict(data), repeats)
@@ -351,39 +566,85 @@ def bench_training(table, name, model, rows, batch_size, precision, repeats, com
             gc.collect()
     if full:
         seconds, memory = our_prediction(model, tokenizer, encoded, dtype, repeats)
-        table.add("evaluation", "Trainer.predict tuned: sorted, same precision", count / seconds, count / its[0],
-                  "rows/s", "1.25", memory, its[1])
+        table.add(
+            "evaluation",
+            "Trainer.predict tuned: sorted, same precision",
+            count / seconds,
+            count / its[0],
+            "rows/s",
+            "1.25",
+            memory,
+            its[1],
+        )
         blocks = config.num_hidden_layers
-        low, chosen = blocks // 2, sorted({blocks // 2, 2 * blocks // 3, blocks - 1})  # of 12: 6; 6 8 11
-        for name, flags, used in (("", ["--head", "pooler"], blocks),
-                                  (", MC-BERT", ["--layers", *chosen], max(chosen))):
-            seconds, _ = our_training(model, rows, batch_size, precision, 2 * (1 + repeats), *flags, "--freeze-layers",
-                                      *range(low + 1), "--freeze-epoch", 1 + repeats)
-            before, after = (np.median(part[1:]) for part in (seconds[:1 + repeats], seconds[1 + repeats:]))
-            in_operations = 3 * used / (low + 3 * (used - low))  # a backward pass costs two forward ones
-            table.add(f"embeddings and lowest {low} frozen{name}",
-                      f"before freezing (in operations: {in_operations:.2f})", count / after, count / before,
-                      "examples/s", "1.6")
+        low, chosen = (
+            blocks // 2,
+            sorted({blocks // 2, 2 * blocks // 3, blocks - 1}),
+        )  # of 12: 6; 6 8 11
+        for name, flags, used in (
+            ("", ["--head", "pooler"], blocks),
+            (", MC-BERT", ["--layers", *chosen], max(chosen)),
+        ):
+            seconds, _ = our_training(
+                model,
+                rows,
+                batch_size,
+                precision,
+                2 * (1 + repeats),
+                *flags,
+                "--freeze-layers",
+                *range(low + 1),
+                "--freeze-epoch",
+                1 + repeats,
+            )
+            before, after = (
+                np.median(part[1:]) for part in (seconds[: 1 + repeats], seconds[1 + repeats :])
+            )
+            in_operations = (
+                3 * used / (low + 3 * (used - low))
+            )  # a backward pass costs two forward ones
+            table.add(
+                f"embeddings and lowest {low} frozen{name}",
+                f"before freezing (in operations: {in_operations:.2f})",
+                count / after,
+                count / before,
+                "examples/s",
+                "1.6",
+            )
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
+
 
 def bench_tokens(table, model, rows, count):
     tokenizer = load_tokenizer(model)
     many = type(rows)(*([texts[i % len(texts)] for i in range(count)] for texts in rows))
     few, rates = take(many, max(1, count // 8)), []
-    for part, work in ((many, lambda: encode(tokenizer, many)),
-                       (few, lambda: tokenizer(few.text_a, few.text_b, truncation=True, max_length=128))):
+    for part, work in (
+        (many, lambda: encode(tokenizer, many)),
+        (few, lambda: tokenizer(few.text_a, few.text_b, truncation=True, max_length=128)),
+    ):
         start = time.perf_counter()
         work()
         rates.append(len(part.labels) / (time.perf_counter() - start))
-    table.add(f"tokenising {count:,} rows", "the tokenizer, an eighth of them in one call", *rates, "rows/s", "")
+    table.add(
+        f"tokenising {count:,} rows",
+        "the tokenizer, an eighth of them in one call",
+        *rates,
+        "rows/s",
+        "",
+    )
 
 
 def small_bert(folder, model, layers=6, size=384):
     """A BERT of 6 x 384 with random weights and the model's own tokenizer, in `folder`."""
-    config = BertConfig.from_pretrained(model, hidden_size=size, num_hidden_layers=layers, num_attention_heads=12,
-                                        intermediate_size=4 * size)
+    config = BertConfig.from_pretrained(
+        model,
+        hidden_size=size,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=4 * size,
+    )
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
@@ -391,24 +652,62 @@ def small_bert(folder, model, layers=6, size=384):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", required=True, help="encoder: hub name or folder")
     parser.add_argument("--data", required=True, help="data set folder: pairs, three labels")
     parser.add_argument("--out", required=True, help="folder for bench.json and bench.md")
-    parser.add_argument("--only", nargs="+", choices=["extraction", "search", "small", "full", "tokens"],
-                        default=["extraction", "search", "small", "full", "tokens"], help="parts (default: all)")
-    parser.add_argument("--rows", type=in_range(int, 1), default=640,
-                        help="rows of a pass, the small model's has four times as many (default: 640)")
-    parser.add_argument("--search-rows", type=in_range(int, 1), default=4000,
-                        help="train rows of the search (default: 4000)")
-    parser.add_argument("--token-rows", type=in_range(int, 1), default=392_702,
-                        help="rows to tokenise (default: 392702)")
-    parser.add_argument("--batch-size", type=in_range(int, 1), default=32, help="rows of a training step (default: 32)")
-    parser.add_argument("--repeats", type=in_range(int, 1), default=3, help="passes that count (default: 3)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(default: auto)")
-    parser.add_argument("--compile", nargs="+", choices=["default", "reduce-overhead"], default=[], metavar="MODE",
-                        help="fine-tune compiled too, beside Trainer compiled alike: default, reduce-overhead (a GPU)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["extraction", "search", "small", "full", "tokens"],
+        default=["extraction", "search", "small", "full", "tokens"],
+        help="parts (default: all)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=in_range(int, 1),
+        default=640,
+        help="rows of a pass, the small model's has four times as many (default: 640)",
+    )
+    parser.add_argument(
+        "--search-rows",
+        type=in_range(int, 1),
+        default=4000,
+        help="train rows of the search (default: 4000)",
+    )
+    parser.add_argument(
+        "--token-rows",
+        type=in_range(int, 1),
+        default=392_702,
+        help="rows to tokenise (default: 392702)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=in_range(int, 1),
+        default=32,
+        help="rows of a training step (default: 32)",
+    )
+    parser.add_argument(
+        "--repeats", type=in_range(int, 1), default=3, help="passes that count (default: 3)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="(default: auto)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="+",
+        choices=["default", "reduce-overhead"],
+        default=[],
+        metavar="MODE",
+        help="fine-tune compiled too, beside Trainer compiled alike: default, reduce-overhead (a GPU)",
+    )
     return parser.parse_args(argv)
 
 
@@ -421,7 +720,11 @@ def main(argv=None):
     if len(labels) != 3 or rows.text_b is None:
         raise UserError(f"{args.data}: the bench wants pairs and three labels, as XNLI has")
     limit, table = product_rate(dtype), Table()
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"{where}, {dtype}: {limit / 1e12:.3f} TFLOP/s in matrix products")
     encoder = load_encoder(args.model)[0]
     config, identity = encoder.config, revision(encoder, args.model)
@@ -429,21 +732,56 @@ def main(argv=None):
     if "extraction" in args.only:
         bench_extraction(table, args.model, rows, dtype, args.repeats)
     if "search" in args.only:
-        bench_search(table, args.search_rows, 8, config.hidden_size, 4, dtype if dtype != torch.float16 else
-                     torch.float32)
+        bench_search(
+            table,
+            args.search_rows,
+            8,
+            config.hidden_size,
+            4,
+            dtype if dtype != torch.float16 else torch.float32,
+        )
     if "small" in args.only:
         with tempfile.TemporaryDirectory() as folder:
-            bench_training(table, "6 x 384", small_bert(folder, args.model), take(everything, 4 * args.rows),
-                           args.batch_size, args.precision, args.repeats, args.compile, False)
+            bench_training(
+                table,
+                "6 x 384",
+                small_bert(folder, args.model),
+                take(everything, 4 * args.rows),
+                args.batch_size,
+                args.precision,
+                args.repeats,
+                args.compile,
+                False,
+            )
     if "full" in args.only:
-        bench_training(table, f"{config.num_hidden_layers} x {config.hidden_size}", args.model, rows, args.batch_size,
-                       args.precision, args.repeats, args.compile, True)
+        bench_training(
+            table,
+            f"{config.num_hidden_layers} x {config.hidden_size}",
+            args.model,
+            rows,
+            args.batch_size,
+            args.precision,
+            args.repeats,
+            args.compile,
+            True,
+        )
     if "tokens" in args.only:
         bench_tokens(table, args.model, everything, args.token_rows)
-    text = (f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "
-            f"passes of {len(rows.labels)} rows (6 x 384: four times as many)\n\n{table.markdown()}\n")
-    write_json(Path(args.out) / "bench.json", {"where": where, "dtype": str(dtype), "product_rate": limit,
-                                               "rows": table.rows, "model": identity, "versions": versions()})
+    text = (
+        f"{where}, {str(dtype).removeprefix('torch.')}, {limit / 1e12:.3f} TFLOP/s in matrix products; "
+        f"passes of {len(rows.labels)} rows (6 x 384: four times as many)\n\n{table.markdown()}\n"
+    )
+    write_json(
+        Path(args.out) / "bench.json",
+        {
+            "where": where,
+            "dtype": str(dtype),
+            "product_rate": limit,
+            "rows": table.rows,
+            "model": identity,
+            "versions": versions(),
+        },
+    )
     with write_atomic(Path(args.out) / "bench.md") as file:
         file.write(text)
     print(f"\n{text}\nwritten to {args.out}/")

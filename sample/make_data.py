@@ -14,6 +14,7 @@ A row starts as a meaning: a frame such as cancel.product and a value for each o
 dealt out to train, dev and test (`split_of`, `deal`), so that a combination held out is held out in every language.
 The lexicons' format, and what there is to say, are explained in sample/lexicon/phrases.py.
 """
+
 import argparse
 import hashlib
 import json
@@ -21,7 +22,17 @@ import random
 import sys
 from pathlib import Path
 
-from lexicon.phrases import FACTS, FRAMES, LANGUAGES, check_lexicon, message, read_lexicon, spell, statement, values
+from lexicon.phrases import (
+    FACTS,
+    FRAMES,
+    LANGUAGES,
+    check_lexicon,
+    message,
+    read_lexicon,
+    spell,
+    statement,
+    values,
+)
 
 INTENTS14 = list(dict.fromkeys(frame.split(".")[0] for frame in FRAMES))
 SPLITS = {"train": 0.60, "dev": 0.14, "test": 0.26}  # shares of the meanings
@@ -30,7 +41,13 @@ SPLITS = {"train": 0.60, "dev": 0.14, "test": 0.26}  # shares of the meanings
 def split_of(intent, meaning, seed):
     """The split that a combination of slot values belongs to, for all of an intent's frames and all languages."""
     draw = random.Random(f"{seed} {intent} {sorted(meaning.items())}").random()
-    return "train" if draw < SPLITS["train"] else "dev" if draw < SPLITS["train"] + SPLITS["dev"] else "test"
+    return (
+        "train"
+        if draw < SPLITS["train"]
+        else "dev"
+        if draw < SPLITS["train"] + SPLITS["dev"]
+        else "test"
+    )
 
 
 def deal(topic, lexicon, seed):
@@ -45,10 +62,16 @@ def deal(topic, lexicon, seed):
             pool = list(entities if yes_no else values(kind, lexicon))
             random.Random(f"{seed} deal {topic} {kind} {group[0]}").shuffle(pool)
             dev, test = max(2, round(len(pool) * 0.14)), max(2, round(len(pool) * 0.26))
-            for split, part in [("dev", pool[:dev]), ("test", pool[dev:dev + test]), ("train", pool[dev + test:])]:
+            for split, part in [
+                ("dev", pool[:dev]),
+                ("test", pool[dev : dev + test]),
+                ("train", pool[dev + test :]),
+            ]:
                 for entity in part if yes_no else group:
                     for name in names:
-                        facts.setdefault((split, entity), {})[name] = ["yes", "no"] if yes_no else part
+                        facts.setdefault((split, entity), {})[name] = (
+                            ["yes", "no"] if yes_no else part
+                        )
     return facts
 
 
@@ -67,7 +90,11 @@ def draw_meaning(frame, split, lexicon, rng, seed):
 
 def draw_facts(topic, split, dealt, rng):
     """-> (entity, {attribute: [value, ...]}) of a random entity, with at least two attributes to talk about."""
-    entities = [entity for part, entity in dealt[topic] if part == split and len(dealt[topic][part, entity]) > 1]
+    entities = [
+        entity
+        for part, entity in dealt[topic]
+        if part == split and len(dealt[topic][part, entity]) > 1
+    ]
     entity = rng.choice(entities)
     return entity, dealt[topic][split, entity]
 
@@ -87,8 +114,12 @@ def intent_rows(name, split, counts, languages, lexicons, seed):
         while len(rows) < wanted:
             frame = rng.choice(frames)
             meaning = draw_meaning(frame, split, lexicons[LANGUAGES[0]], rng, seed)
-            texts = {language: message(frame, meaning, lexicons[language], random.Random(f"{rng.random()} {language}"))
-                     for language in languages}
+            texts = {
+                language: message(
+                    frame, meaning, lexicons[language], random.Random(f"{rng.random()} {language}")
+                )
+                for language in languages
+            }
             keys = {(language, normal(text)) for language, text in texts.items()}
             if not keys & seen:
                 seen |= keys
@@ -104,7 +135,9 @@ def statement_rows(count, lexicons, dealt, seed):
         topic, me = rng.choice(list(FACTS)), rng.choice("mf")
         entity, known = draw_facts(topic, "train", dealt, rng)
         names = rng.sample(list(known), rng.choice([1, 1, 2]))
-        facts = [fact(topic, entity, attribute, rng.choice(known[attribute]), me) for attribute in names]
+        facts = [
+            fact(topic, entity, attribute, rng.choice(known[attribute]), me) for attribute in names
+        ]
         draw = rng.random()
         texts = {}
         for language, lexicon in lexicons.items():
@@ -133,32 +166,53 @@ def nli_rows(split, count, languages, lexicons, dealt, seed):
         slots = FACTS[topic][1]
         first, second, *others = rng.sample(list(known), len(known))
         twins = [other for other in others if slots[other] and slots[other] == slots[first]]
-        if twins and rng.random() < 0.5:  # two attributes of the same kind with the same values: the words overlap
+        if (
+            twins and rng.random() < 0.5
+        ):  # two attributes of the same kind with the same values: the words overlap
             others[others.index(twins[0])], second = second, twins[0]
         facts = [(first, value) for value in rng.sample(known[first], 2)]
-        facts += [(second, value) for value in ([value for _, value in facts] if slots[first] and
-                                                slots[first] == slots[second] else rng.sample(known[second], 2))]
+        facts += [
+            (second, value)
+            for value in (
+                [value for _, value in facts]
+                if slots[first] and slots[first] == slots[second]
+                else rng.sample(known[second], 2)
+            )
+        ]
         hypotheses = [[fact(topic, entity, *one, me)] for one in facts]
         premises = [list(hypothesis) for hypothesis in hypotheses]
         for premise in premises:  # half of the premises state one thing more, before or after
             if others and rng.random() < 0.5:
                 other = rng.choice(others)
-                premise.insert(rng.choice([0, 1]), fact(topic, entity, other, rng.choice(known[other]), me))
+                premise.insert(
+                    rng.choice([0, 1]), fact(topic, entity, other, rng.choice(known[other]), me)
+                )
         block = {}
         for language in languages:
             draws, lexicon = random.Random(f"{rng.random()} {language}"), lexicons[language]
             while True:
-                texts_a, texts_b = ([statement(topic, facts, lexicon, draws) for facts in side]
-                                    for side in (premises, hypotheses))
+                texts_a, texts_b = (
+                    [statement(topic, facts, lexicon, draws) for facts in side]
+                    for side in (premises, hypotheses)
+                )
                 if all(a != b for a, b in zip(texts_a, texts_b)):  # entailed, but in other words
                     break
-            texts_a, texts_b = ([spell(text, lexicon, draws) for text in side] for side in (texts_a, texts_b))
-            block[language] = [(texts_a[i], texts_b[other[i]]) for other in partners.values() for i in range(4)]
-        keys = {(language, normal(a), normal(b)) for language in languages for a, b in block[language]}
+            texts_a, texts_b = (
+                [spell(text, lexicon, draws) for text in side] for side in (texts_a, texts_b)
+            )
+            block[language] = [
+                (texts_a[i], texts_b[other[i]]) for other in partners.values() for i in range(4)
+            ]
+        keys = {
+            (language, normal(a), normal(b)) for language in languages for a, b in block[language]
+        }
         if len(keys) == 12 * len(languages) and not keys & seen:
             seen |= keys
             labels = [label for label in partners for _ in range(4)]
-            rows += [({language: "\t".join(pairs[i]) for language, pairs in block.items()}, labels[i]) for i in range(12)]
+            rows += [
+                ({language: "\t".join(pairs[i]) for language, pairs in block.items()}, labels[i])
+                for i in range(12)
+            ]
     rng.shuffle(rows)
     return rows
 
@@ -171,21 +225,38 @@ def write_set(folder, labels, splits, seed):
         for language in rows[0][0]:
             header = "text_a\ttext_b" if "\t" in rows[0][0][language] else "text"
             files[f"{split}.{language}.tsv"] = f"{header}\tlabel\n" + "".join(
-                f"{texts[language]}\t{label}\n" for texts, label in rows)
-            sources[f"{split}.{language}.tsv"] = {"source": "sample/make_data.py", "seed": seed, "rows": len(rows)}
+                f"{texts[language]}\t{label}\n" for texts, label in rows
+            )
+            sources[f"{split}.{language}.tsv"] = {
+                "source": "sample/make_data.py",
+                "seed": seed,
+                "rows": len(rows),
+            }
     for name, entry in sources.items():
         entry["sha256"] = hashlib.sha256(files[name].encode("utf-8")).hexdigest()
     files["sources.json"] = json.dumps(sources, indent=1, sort_keys=True) + "\n"
     for name, text in files.items():
         (folder / f".{name}.part").write_bytes(text.encode("utf-8"))
         (folder / f".{name}.part").replace(folder / name)
-    print(f"{folder}: {len(labels)} labels; rows:", ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+    print(
+        f"{folder}: {len(labels)} labels; rows:",
+        ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()),
+    )
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: sample/)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of all draws (default: 0)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        help="folder to write to (default: sample/)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the split and of all draws (default: 0)"
+    )
     return parser.parse_args(argv)
 
 
@@ -201,18 +272,36 @@ def make(out, seed):
         return intent_rows(name, split, counts, languages, lexicons, seed)
 
     four = {"refund": 1200, "agent": 600, "cancel": 240, "delivery": 360}
-    write_set(out / "intents", list(four), {
-        "train": rows("intents", "train", four, english),
-        "dev": rows("intents", "dev", dict.fromkeys(four, 75), LANGUAGES),
-        "test": rows("intents", "test", dict.fromkeys(four, 150), LANGUAGES)}, seed)
-    write_set(out / "intents14", INTENTS14, {
-        "train": rows("intents14", "train", dict.fromkeys(INTENTS14, 286), english),
-        "dev": rows("intents14", "dev", dict.fromkeys(INTENTS14, 30), LANGUAGES),
-        "test": rows("intents14", "test", dict.fromkeys(INTENTS14, 60), LANGUAGES)}, seed)
-    write_set(out / "nli", ["entailment", "neutral", "contradiction"], {
-        "train": nli_rows("train", 6000, english, lexicons, dealt, seed),
-        "dev": nli_rows("dev", 300, LANGUAGES, lexicons, dealt, seed),
-        "test": nli_rows("test", 600, LANGUAGES, lexicons, dealt, seed)}, seed)
+    write_set(
+        out / "intents",
+        list(four),
+        {
+            "train": rows("intents", "train", four, english),
+            "dev": rows("intents", "dev", dict.fromkeys(four, 75), LANGUAGES),
+            "test": rows("intents", "test", dict.fromkeys(four, 150), LANGUAGES),
+        },
+        seed,
+    )
+    write_set(
+        out / "intents14",
+        INTENTS14,
+        {
+            "train": rows("intents14", "train", dict.fromkeys(INTENTS14, 286), english),
+            "dev": rows("intents14", "dev", dict.fromkeys(INTENTS14, 30), LANGUAGES),
+            "test": rows("intents14", "test", dict.fromkeys(INTENTS14, 60), LANGUAGES),
+        },
+        seed,
+    )
+    write_set(
+        out / "nli",
+        ["entailment", "neutral", "contradiction"],
+        {
+            "train": nli_rows("train", 6000, english, lexicons, dealt, seed),
+            "dev": nli_rows("dev", 300, LANGUAGES, lexicons, dealt, seed),
+            "test": nli_rows("test", 600, LANGUAGES, lexicons, dealt, seed),
+        },
+        seed,
+    )
     parallel = rows("parallel", "train", dict.fromkeys(INTENTS14, 350), LANGUAGES)
     parallel += statement_rows(8000 - len(parallel), lexicons, dealt, seed)
     random.Random(f"{seed} parallel").shuffle(parallel)

@@ -1,4 +1,5 @@
 """What the tests share: a tiny encoder with a vocabulary of its own, a small data set, and a way to run a script."""
+
 import importlib
 import os
 import sys
@@ -12,12 +13,21 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
-import common
+from lib import messages
 
-torch.set_num_threads(1)  # models this small gain nothing from more; the tests have two processes instead
+torch.set_num_threads(
+    1
+)  # models this small gain nothing from more; the tests have two processes instead
 
 STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 SHARED = ROOT.parent / "shared" / "data"
@@ -31,16 +41,32 @@ WORDS = {  # a toy world: the same twelve words in three languages, four of them
 def make_tokenizer(folder):
     """A fast WordPiece tokenizer of the toy words and of single letters, saved to a folder."""
     words = [word for language in WORDS.values() for word in language]
-    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'\""))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list(dict.fromkeys(words + letters + ["##" + l for l in letters]))
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    letters = sorted(
+        {letter for word in words for letter in word}
+        | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"")
+    )
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list(
+        dict.fromkeys(words + letters + ["##" + l for l in letters])
+    )
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-                                   sep_token="[SEP]", mask_token="[MASK]",
-                                   model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
     fast.save_pretrained(folder)
     return len(pieces)
 
@@ -50,14 +76,34 @@ def make_model(folder, family="bert", blocks=5, seed=0, **more):
     size = make_tokenizer(folder)
     torch.manual_seed(seed)
     if family == "distilbert":
-        model = DistilBertModel(DistilBertConfig(vocab_size=size, dim=36, n_layers=blocks, n_heads=3, hidden_dim=52,
-                                                 max_position_embeddings=64, **more))
+        model = DistilBertModel(
+            DistilBertConfig(
+                vocab_size=size,
+                dim=36,
+                n_layers=blocks,
+                n_heads=3,
+                hidden_dim=52,
+                max_position_embeddings=64,
+                **more,
+            )
+        )
     else:
-        config, kind = {"bert": (BertConfig, BertModel), "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel)}[family]
+        config, kind = {
+            "bert": (BertConfig, BertModel),
+            "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel),
+        }[family]
         positions = {"bert": 64, "xlm-roberta": 66}[family]
         extra = {"xlm-roberta": {"type_vocab_size": 1, "pad_token_id": 0}}.get(family, {})
-        model = kind(config(vocab_size=size, hidden_size=36, num_hidden_layers=blocks, num_attention_heads=3, intermediate_size=52,
-                            **{"max_position_embeddings": positions, **extra, **more}))
+        model = kind(
+            config(
+                vocab_size=size,
+                hidden_size=36,
+                num_hidden_layers=blocks,
+                num_attention_heads=3,
+                intermediate_size=52,
+                **{"max_position_embeddings": positions, **extra, **more},
+            )
+        )
     model.save_pretrained(folder)
     return str(folder)
 
@@ -80,8 +126,12 @@ def make_data(folder, train=60, dev=13, test=17, languages=("en", "de", "zh")):
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
     for seed, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
         for language in languages if split != "train" else ("en",):
-            lines = [f"{text}\t{labels[label]}\n" for text, label in toy_rows(language, count, seed)]
-            (folder / f"{split}.{language}.tsv").write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+            lines = [
+                f"{text}\t{labels[label]}\n" for text, label in toy_rows(language, count, seed)
+            ]
+            (folder / f"{split}.{language}.tsv").write_text(
+                "text\tlabel\n" + "".join(lines), encoding="utf-8"
+            )
     return str(folder)
 
 
@@ -104,12 +154,14 @@ def data_folder(tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script("train", "--flag", value, ...) runs a script in this process as a user would: (exit status, stdout, stderr)."""
+
     def run(name, *arguments):
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name.rsplit('.')[-1]}.py", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.cli(module.main)
+            messages.cli(module.main)
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
+
     return run

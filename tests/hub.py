@@ -1,8 +1,9 @@
 """A model hub on this machine's loopback: what the hub's client asks for, and nothing else.
 
-    with Hub({"acme/tiny": "sample/model"}) as hub:
-        subprocess.run([...], env=os.environ | hub.environment(cache))
+with Hub({"acme/tiny": "sample/model"}) as hub:
+    subprocess.run([...], env=os.environ | hub.environment(cache))
 """
+
 import hashlib
 import json
 import threading
@@ -45,8 +46,14 @@ class Hub:
     def environment(self, cache):
         """The variables that send the hub's client here, with a cache of its own."""
         address = f"http://127.0.0.1:{self.server.server_port}"
-        return {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5",
-                "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(cache),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
 
     def answer(self, request):
         """/api/models/NAME, or /NAME/resolve/REVISION/FILE."""
@@ -58,11 +65,22 @@ class Hub:
             status, headers = 403, {"X-Error-Code": "GatedRepo"}
         elif name in self.models and path == f"api/models/{name}":
             files = sorted(p.name for p in self.models[name].iterdir())
-            answer = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-            status, headers, body = 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+            answer = {
+                "id": name,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file} for file in files],
+            }
+            status, headers, body = (
+                200,
+                {"Content-Type": "application/json"},
+                json.dumps(answer).encode(),
+            )
         elif name in self.models and file and (self.models[name] / file).is_file():
             body = (self.models[name] / file).read_bytes()
-            status, headers = 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            status, headers = (
+                200,
+                {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT},
+            )
         elif name in self.models and file:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
         request.send_response(status)

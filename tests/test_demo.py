@@ -1,4 +1,5 @@
 """The demo's own commands, as the Makefile has them, on the shipped sample; and the README's."""
+
 import ast
 import contextlib
 import csv
@@ -20,10 +21,26 @@ SHORTER = {  # so that the suite stays within its time; `make demo` runs them as
 
 def demo_commands(out):
     """What `make demo` would run, without the environment: lists of words, the first a script's name."""
-    lines = subprocess.run(["make", "-n", "demo", f"DEMO={out}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    commands = [shlex.split(line.split("python ", 1)[1]) for line in lines.splitlines() if re.search(r"bin/python \w+\.py", line)]
-    assert [command[0] for command in commands] == ["extract.py", "grid_search.py", "train.py", "train.py", "train.py", "evaluate.py",
-                                                    "plot.py", "plot.py", "plot.py", "plot.py"]
+    lines = subprocess.run(
+        ["make", "-n", "demo", f"DEMO={out}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [
+        shlex.split(line.split("python ", 1)[1])
+        for line in lines.splitlines()
+        if re.search(r"bin/python \w+\.py", line)
+    ]
+    assert [command[0] for command in commands] == [
+        "extract.py",
+        "grid_search.py",
+        "train.py",
+        "train.py",
+        "train.py",
+        "evaluate.py",
+        "plot.py",
+        "plot.py",
+        "plot.py",
+        "plot.py",
+    ]
     return commands
 
 
@@ -49,11 +66,17 @@ def test_the_demo(tmp_path, monkeypatch):
     def mean(language):
         return sum(float(row[f"test_{language}"]) for row in mine) / 5
 
-    assert mean("en") > 0.7 and sum(map(mean, "de es fr zh ar ur".split())) / 6 > 0.25 + 0.1  # four balanced classes
+    assert (
+        mean("en") > 0.7 and sum(map(mean, "de es fr zh ar ur".split())) / 6 > 0.25 + 0.1
+    )  # four balanced classes
 
     # the three systems stand in one table
     results = json.loads((out / "results/results.json").read_bytes())
-    assert [system["name"] for system in results["systems"]] == ["baseline", "mc-bert", "mc-bert-wf"]
+    assert [system["name"] for system in results["systems"]] == [
+        "baseline",
+        "mc-bert",
+        "mc-bert-wf",
+    ]
     chance = 1 / len(json.loads((out / "runs/mc-bert/run.json").read_bytes())["labels"])
     for system in results["systems"]:
         others = [accuracy for language, accuracy in system["mean"].items() if language != "en"]
@@ -72,10 +95,19 @@ def test_the_readmes_commands_have_flags_that_exist(tmp_path):
     """Every command line of the README parses: the scripts' own parsers read it."""
     best = tmp_path / "best.json"
     best.write_text('{"layers": [6, 8], "pooling": "max"}')
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").replace("grid/mine/best.json", str(best))
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .replace("\\\n", " ")
+        .replace("grid/mine/best.json", str(best))
+    )
     blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = [line.split("#")[0].replace("$M", "some-model") for block in blocks for line in block.splitlines()
-             if line.startswith("python ")]
+    lines = [
+        line.split("#")[0].replace("$M", "some-model")
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("python ")
+    ]
     assert len(lines) >= 12
     for line in lines:
         script, *arguments = shlex.split(line)[1:]
@@ -85,7 +117,11 @@ def test_the_readmes_commands_have_flags_that_exist(tmp_path):
 def test_the_readmes_own_folder_is_one(tmp_path, monkeypatch, script):
     """The data set that step 1 writes by hand is read as it stands."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith(("mkdir -p data/mine", "printf ")) and "data/mine" in line]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("mkdir -p data/mine", "printf ")) and "data/mine" in line
+    ]
     subprocess.run("\n".join(lines), shell=True, check=True, cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     status, out, _ = script("data", "check", "data/mine")
@@ -102,6 +138,9 @@ def test_who_imports_whom():
         if not (ROOT / f"{name}.py").is_file():  # cpu.py can be deleted
             continue
         tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-        imported = {(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
-                    for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+        imported = {
+            (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
         assert imported & set(allowed) <= may, name

@@ -1,4 +1,5 @@
 """extract.py against plain transformers states pooled by hand, one row at a time; files, stops, refusals."""
+
 import csv
 import errno
 import json
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_data, make_model
 from transformers import AutoModel, AutoTokenizer
 
 import extract
-from conftest import make_data, make_model
-from common import sha256
-from model import POOLINGS, Classifier, load_encoder, load_model
+from lib.encoders import load_encoder
+from lib.folders import sha256
+from model import POOLINGS, Classifier, load_model
 
 ROWS = {"train.en": 13, "dev.en": 5, "dev.de": 5, "test.en": 7, "test.de": 7}
 FAMILIES = ["bert", "xlm-roberta", "distilbert"]
@@ -26,19 +28,37 @@ FP32 = ("--precision", "fp32", "--batch-size", 3)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A saved encoder of three blocks of each family: {family: folder}."""
-    return {family: make_model(tmp_path_factory.mktemp(family), family, blocks=LAYERS - 1) for family in FAMILIES}
+    return {
+        family: make_model(tmp_path_factory.mktemp(family), family, blocks=LAYERS - 1)
+        for family in FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "toy", train=13, dev=5, test=7, languages=("en", "de"))
+    return make_data(
+        tmp_path_factory.mktemp("data") / "toy", train=13, dev=5, test=7, languages=("en", "de")
+    )
 
 
 @pytest.fixture
 def run(script, folders, data, tmp_path):
     """run("--flag", value, ...) extracts from the BERT encoder to tmp_path/out unless told otherwise."""
+
     def call(*arguments, model=folders["bert"], data=data, out=tmp_path / "out"):
-        return script("extract", "--model", model, "--data", data, "--out", out, "--max-length", 33, *arguments)
+        return script(
+            "extract",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--out",
+            out,
+            "--max-length",
+            33,
+            *arguments,
+        )
+
     return call
 
 
@@ -46,7 +66,9 @@ def refused(result, *phrases):
     """The one line that a run printed as it exited with status 2; it holds all `phrases`."""
     code, _, err = result
     message = err.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in err and message.startswith("extract.py: error: "), result
+    assert code == 2 and "Traceback" not in err and message.startswith("extract.py: error: "), (
+        result
+    )
     for phrase in phrases:
         assert phrase in message, message
     return message
@@ -76,28 +98,50 @@ def stop_after(monkeypatch, batches):
 
 # --- what is written ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_hold_the_states_of_plain_transformers_row_by_row(run, folders, data, tmp_path, family):
+def test_files_hold_the_states_of_plain_transformers_row_by_row(
+    run, folders, data, tmp_path, family
+):
     assert run("--dtype", "float32", *FP32, model=folders[family])[0] == 0
-    tokenizer, model = AutoTokenizer.from_pretrained(folders[family]), AutoModel.from_pretrained(folders[family]).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folders[family]),
+        AutoModel.from_pretrained(folders[family]).eval(),
+    )
     names = Path(data, "labels.txt").read_text().split()
     for stem, count in ROWS.items():
         with open(Path(data, f"{stem}.tsv"), encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        arrays = {pooling: np.load(tmp_path / "out" / f"{stem}.{pooling}.npy") for pooling in POOLINGS}
-        assert {(array.shape, array.dtype.str) for array in arrays.values()} == {((LAYERS, count, HIDDEN), "<f4")}
+        arrays = {
+            pooling: np.load(tmp_path / "out" / f"{stem}.{pooling}.npy") for pooling in POOLINGS
+        }
+        assert {(array.shape, array.dtype.str) for array in arrays.values()} == {
+            ((LAYERS, count, HIDDEN), "<f4")
+        }
         for i, row in enumerate(rows):
             inputs = tokenizer(row["text"], return_tensors="pt")
             if family == "distilbert":
                 del inputs["token_type_ids"]
             with torch.no_grad():
-                states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[:,
-                                                                                               0].numpy()   # (L, T, D)
-            for pooling, expected in {"max": states.max(1), "mean": states.mean(1), "cls": states[:, 0]}.items():
-                np.testing.assert_allclose(arrays[pooling][:, i], expected, rtol=0, atol=1e-5,
-                                           err_msg=f"{stem} {pooling} {i}")
+                states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states)[
+                    :, 0
+                ].numpy()  # (L, T, D)
+            for pooling, expected in {
+                "max": states.max(1),
+                "mean": states.mean(1),
+                "cls": states[:, 0],
+            }.items():
+                np.testing.assert_allclose(
+                    arrays[pooling][:, i],
+                    expected,
+                    rtol=0,
+                    atol=1e-5,
+                    err_msg=f"{stem} {pooling} {i}",
+                )
         labels = np.load(tmp_path / "out" / f"{stem}.labels.npy")
-        assert labels.dtype == np.int64 and labels.tolist() == [names.index(row["label"]) for row in rows]
+        assert labels.dtype == np.int64 and labels.tolist() == [
+            names.index(row["label"]) for row in rows
+        ]
 
 
 def test_pairs_are_read_as_pairs_and_cut_to_the_length(run, folders, tmp_path):
@@ -108,13 +152,20 @@ def test_pairs_are_read_as_pairs_and_cut_to_the_length(run, folders, tmp_path):
     (tmp_path / "pairs/dev.en.tsv").write_text("\n".join(lines))
     shutil.copy(tmp_path / "pairs/dev.en.tsv", tmp_path / "pairs/train.en.tsv")
     assert run("--dtype", "float32", *FP32, "--max-length", 9, data=tmp_path / "pairs")[0] == 0
-    tokenizer, model = AutoTokenizer.from_pretrained(folders["bert"]), AutoModel.from_pretrained(folders["bert"]).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folders["bert"]),
+        AutoModel.from_pretrained(folders["bert"]).eval(),
+    )
     with torch.no_grad():
-        inputs = tokenizer("money refund agent person", second, return_tensors="pt")  # 9 tokens: the longer text is cut
+        inputs = tokenizer(
+            "money refund agent person", second, return_tensors="pt"
+        )  # 9 tokens: the longer text is cut
         states = model(**inputs, output_hidden_states=True).hidden_states
     assert inputs["token_type_ids"].tolist() == [[0] * 6 + [1] * 3]
     mean = np.load(tmp_path / "out/dev.en.mean.npy")
-    np.testing.assert_allclose(mean[:, 1], torch.stack(states)[:, 0].mean(1).numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        mean[:, 1], torch.stack(states)[:, 0].mean(1).numpy(), rtol=0, atol=1e-5
+    )
 
 
 def test_float16_is_the_default_and_is_the_float32_file_rounded(run, tmp_path):
@@ -122,7 +173,9 @@ def test_float16_is_the_default_and_is_the_float32_file_rounded(run, tmp_path):
     run("--dtype", "float32", *FP32, out=tmp_path / "exact")
     for stem in ROWS:
         for pooling in POOLINGS:
-            half, exact = (np.load(tmp_path / folder / f"{stem}.{pooling}.npy") for folder in ("out", "exact"))
+            half, exact = (
+                np.load(tmp_path / folder / f"{stem}.{pooling}.npy") for folder in ("out", "exact")
+            )
             assert half.dtype == np.float16 and np.array_equal(half, exact.astype(np.float16))
 
 
@@ -130,35 +183,64 @@ def test_bf16_products_come_close_to_float32(run, tmp_path):
     run("--precision", "bf16", "--dtype", "float32")
     run(*FP32, "--dtype", "float32", out=tmp_path / "exact")
     for pooling in POOLINGS:
-        rough, exact = (np.load(tmp_path / folder / f"train.en.{pooling}.npy") for folder in ("out", "exact"))
+        rough, exact = (
+            np.load(tmp_path / folder / f"train.en.{pooling}.npy") for folder in ("out", "exact")
+        )
         assert 0 < np.abs(rough - exact).max() < 0.1
 
 
 def test_the_manifest_says_what_the_files_are(run, folders, data, tmp_path):
     code, out, _ = run("--dtype", "float32", *FP32, "--max-length", 17)
-    assert code == 0 and f"37 rows in 5 files -> 4 layers x {len(POOLINGS)} poolings x 36, float32" in out
+    assert (
+        code == 0
+        and f"37 rows in 5 files -> 4 layers x {len(POOLINGS)} poolings x 36, float32" in out
+    )
     assert finals(tmp_path / "out") == sorted([*FINAL, "manifest.json"])
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [
+        ".lock"
+    ]
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     expected = {
-        "format": 1, "complete": True, "model": folders["bert"], 
-        "revision": sha256(f"{folders['bert']}/model.safetensors"), "layers": [0, 1, 2, 3], "poolings": list(POOLINGS),
-                "hidden_size": 36, "dtype": "float32", "precision": "float32",
-        "max_length": 17, "labels": ["refund", "agent", "delivery", "cancel"], "batch_size": 3,
-        "inputs": {f"{stem}.tsv": {"sha256": sha256(f"{data}/{stem}.tsv"), "rows": count} for stem,
-                   count in ROWS.items()}}
+        "format": 1,
+        "complete": True,
+        "model": folders["bert"],
+        "revision": sha256(f"{folders['bert']}/model.safetensors"),
+        "layers": [0, 1, 2, 3],
+        "poolings": list(POOLINGS),
+        "hidden_size": 36,
+        "dtype": "float32",
+        "precision": "float32",
+        "max_length": 17,
+        "labels": ["refund", "agent", "delivery", "cancel"],
+        "batch_size": 3,
+        "inputs": {
+            f"{stem}.tsv": {"sha256": sha256(f"{data}/{stem}.tsv"), "rows": count}
+            for stem, count in ROWS.items()
+        },
+    }
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["versions"]["torch"] == torch.__version__
 
 
 def test_the_batch_size_moves_no_row(run, tmp_path):
     for size in (1, 64):
-        run("--dtype", "float32", "--precision", "fp32", "--batch-size", size, out=tmp_path / str(size))
+        run(
+            "--dtype",
+            "float32",
+            "--precision",
+            "fp32",
+            "--batch-size",
+            size,
+            out=tmp_path / str(size),
+        )
     for name in FINAL:
-        np.testing.assert_allclose(np.load(tmp_path / "1" / name), np.load(tmp_path / "64" / name), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            np.load(tmp_path / "1" / name), np.load(tmp_path / "64" / name), rtol=0, atol=1e-5
+        )
 
 
 # --- values that cannot be kept ----------------------------------------------------------------------------------
+
 
 def scaled_model(folders, folder, factor):
     """A copy of the BERT encoder with the last block's LayerNorm weights times `factor`."""
@@ -170,9 +252,15 @@ def scaled_model(folders, folder, factor):
     return folder
 
 
-def test_a_value_too_large_for_float16_names_the_flag_and_leaves_no_file(run, folders, data, tmp_path):
+def test_a_value_too_large_for_float16_names_the_flag_and_leaves_no_file(
+    run, folders, data, tmp_path
+):
     large = scaled_model(folders, tmp_path / "large", 1e6)
-    refused(run(*FP32, model=large), f"train.en.tsv: a hidden state of ", " does not fit float16: give --dtype float32")
+    refused(
+        run(*FP32, model=large),
+        f"train.en.tsv: a hidden state of ",
+        " does not fit float16: give --dtype float32",
+    )
     assert finals(tmp_path / "out") == ["manifest.json"]
     assert json.loads((tmp_path / "out/manifest.json").read_text())["complete"] is False
     assert run(*FP32, "--dtype", "float32", "--overwrite", model=large)[0] == 0
@@ -181,19 +269,38 @@ def test_a_value_too_large_for_float16_names_the_flag_and_leaves_no_file(run, fo
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_states_that_are_not_finite_are_an_error(run, folders, tmp_path, dtype):
-    refused(run(*FP32, "--dtype", dtype, model=scaled_model(folders, tmp_path / "broken", float("inf"))),
-            "train.en.tsv: the encoder gives hidden states that are not finite")
+    refused(
+        run(
+            *FP32, "--dtype", dtype, model=scaled_model(folders, tmp_path / "broken", float("inf"))
+        ),
+        "train.en.tsv: the encoder gives hidden states that are not finite",
+    )
     assert finals(tmp_path / "out") == ["manifest.json"]
 
 
 # --- stopping and going on ---------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def unstopped(folders, data, tmp_path_factory):
     """A feature folder made in one go, by batches of 72 tokens: 3 + 2 + 2 + 2 + 2 of them."""
     out = tmp_path_factory.mktemp("features") / "unstopped"
-    assert extract.main(["--model", folders["bert"], "--data", data, "--out", str(out), "--max-length", "33",
-                         *map(str, FP32)]) == 0
+    assert (
+        extract.main(
+            [
+                "--model",
+                folders["bert"],
+                "--data",
+                data,
+                "--out",
+                str(out),
+                "--max-length",
+                "33",
+                *map(str, FP32),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -203,7 +310,9 @@ def test_a_stopped_run_goes_on_where_it_was(run, unstopped, tmp_path, monkeypatc
         stop_after(patch, batches)
         assert run(*FP32)[0] == 130
     written = [name for name in finals(tmp_path / "out") if name.endswith("labels.npy")]
-    assert len(written) == sum(batches >= done for done in (3, 5, 7, 9, 11))  # whole files alone have their final name
+    assert len(written) == sum(
+        batches >= done for done in (3, 5, 7, 9, 11)
+    )  # whole files alone have their final name
     assert json.loads((tmp_path / "out/manifest.json").read_text())["complete"] is False
     calls = stop_after(monkeypatch, 99)
     assert run(*FP32)[0] == 0
@@ -212,7 +321,9 @@ def test_a_stopped_run_goes_on_where_it_was(run, unstopped, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("moved", range(len(POOLINGS) + 2))
-def test_a_stop_while_a_files_parts_are_renamed_loses_nothing(run, unstopped, tmp_path, monkeypatch, moved):
+def test_a_stop_while_a_files_parts_are_renamed_loses_nothing(
+    run, unstopped, tmp_path, monkeypatch, moved
+):
     replace, moves = os.replace, []
 
     def stopping(source, target):
@@ -227,10 +338,14 @@ def test_a_stop_while_a_files_parts_are_renamed_loses_nothing(run, unstopped, tm
         assert run(*FP32)[0] == (130 if moved < len(POOLINGS) + 1 else 0)  # and the labels
     assert run(*FP32)[0] == 0
     assert contents(tmp_path / "out") == contents(unstopped)
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [
+        ".lock"
+    ]
 
 
-def test_a_full_disk_is_one_sentence_before_any_row_is_computed(run, unstopped, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_before_any_row_is_computed(
+    run, unstopped, tmp_path, monkeypatch
+):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -243,34 +358,55 @@ def test_a_full_disk_is_one_sentence_before_any_row_is_computed(run, unstopped, 
 
 
 def test_a_complete_folder_is_left_alone(run, unstopped, monkeypatch):
-    before = {path.name: path.stat().st_mtime_ns for path in unstopped.iterdir() if path.name != ".lock"}
+    before = {
+        path.name: path.stat().st_mtime_ns for path in unstopped.iterdir() if path.name != ".lock"
+    }
     calls = stop_after(monkeypatch, 99)
     code, out, _ = run(*FP32, out=unstopped)
     assert (code, calls) == (0, []) and f"{unstopped} is complete already: nothing to do" in out
-    assert {path.name: path.stat().st_mtime_ns for path in unstopped.iterdir() if path.name != ".lock"} == before
+    assert {
+        path.name: path.stat().st_mtime_ns for path in unstopped.iterdir() if path.name != ".lock"
+    } == before
 
 
-@pytest.mark.parametrize("arguments, phrase", [
-    (("--dtype", "float32"), "dtype was 'float16', is now 'float32'"),
-    (("--max-length", 9), "max_length was 33, is now 9"),
-    (("--batch-size", 4), "batch_size was 3, is now 4"),
-    (("--precision", "bf16"), "precision was 'float32', is now 'bfloat16'")])
+@pytest.mark.parametrize(
+    "arguments, phrase",
+    [
+        (("--dtype", "float32"), "dtype was 'float16', is now 'float32'"),
+        (("--max-length", 9), "max_length was 33, is now 9"),
+        (("--batch-size", 4), "batch_size was 3, is now 4"),
+        (("--precision", "bf16"), "precision was 'float32', is now 'bfloat16'"),
+    ],
+)
 def test_another_setting_over_the_same_folder_is_refused_by_name(run, unstopped, arguments, phrase):
     before = contents(unstopped)
-    refused(run(*FP32, *arguments, out=unstopped), f"{unstopped} was made with other settings: ", phrase, "--overwrite")
+    refused(
+        run(*FP32, *arguments, out=unstopped),
+        f"{unstopped} was made with other settings: ",
+        phrase,
+        "--overwrite",
+    )
     assert contents(unstopped) == before
 
 
-def test_another_model_or_other_data_over_the_same_folder_are_refused_by_name(run, folders, unstopped, data, tmp_path):
+def test_another_model_or_other_data_over_the_same_folder_are_refused_by_name(
+    run, folders, unstopped, data, tmp_path
+):
     other = make_model(tmp_path / "other", blocks=LAYERS - 1, seed=1)
     assert "model was" not in refused(run(*FP32, model=other, out=unstopped), "revision was ")
     shutil.copytree(data, tmp_path / "changed")
     path = tmp_path / "changed/dev.de.tsv"
     path.write_text(path.read_text().replace("bitte", "jetzt"))
-    message = refused(run(*FP32, data=tmp_path / "changed", out=unstopped), "inputs.dev.de.tsv.sha256 was ")
+    message = refused(
+        run(*FP32, data=tmp_path / "changed", out=unstopped), "inputs.dev.de.tsv.sha256 was "
+    )
     assert "dev.en" not in message
     (tmp_path / "changed/test.de.tsv").unlink()
-    refused(run(*FP32, data=tmp_path / "changed", out=unstopped), "inputs.test.de.tsv was ", "is now None")
+    refused(
+        run(*FP32, data=tmp_path / "changed", out=unstopped),
+        "inputs.test.de.tsv was ",
+        "is now None",
+    )
     assert run(*FP32, data=tmp_path / "changed", model=other, out=tmp_path / "copy")[0] == 0
 
 
@@ -307,9 +443,14 @@ def test_a_part_that_is_cut_short_is_named(run, tmp_path, monkeypatch, name):
 
 # --- the source language -----------------------------------------------------------------------------------------
 
+
 def test_train_files_are_read_that_are_asked_for(run, data, tmp_path):
     def stems():
-        return {name.split(".labels")[0] for name in finals(tmp_path / "out") if name.endswith("labels.npy")}
+        return {
+            name.split(".labels")[0]
+            for name in finals(tmp_path / "out")
+            if name.endswith("labels.npy")
+        }
 
     world = tmp_path / "world"
     shutil.copytree(data, world)
@@ -318,42 +459,96 @@ def test_train_files_are_read_that_are_asked_for(run, data, tmp_path):
     shutil.copy(world / "dev.de.tsv", world / "dev.zh_Hant.tsv")
     others = {"dev.en", "dev.de", "dev.zh_Hant", "test.en", "test.de"}
     for languages, expected in (((), ["en"]), (("zh_Hant", "pt-BR"), ["zh_Hant", "pt-BR"])):
-        assert run(*FP32, *(["--train-languages", *languages] if languages else []), "--overwrite", data=world)[0] == 0
+        assert (
+            run(
+                *FP32,
+                *(["--train-languages", *languages] if languages else []),
+                "--overwrite",
+                data=world,
+            )[0]
+            == 0
+        )
         assert stems() == {*(f"train.{language}" for language in expected), *others}
-    refused(run("--train-languages", "fr", data=world, out=tmp_path / "new"),
-            "train.fr.tsv does not exist; train is there in: ")
+    refused(
+        run("--train-languages", "fr", data=world, out=tmp_path / "new"),
+        "train.fr.tsv does not exist; train is there in: ",
+    )
     (world / "train.en.tsv").unlink()
     refused(run(data=world, out=tmp_path / "new"), f"{world} has train files in de pt-BR zh_Hant")
     for language in ("de", "pt-BR"):
         (world / f"train.{language}.tsv").unlink()
-    assert run(*FP32, "--overwrite", data=world)[0] == 0 and stems() == {"train.zh_Hant", *others}  # the only one
+    assert run(*FP32, "--overwrite", data=world)[0] == 0 and stems() == {
+        "train.zh_Hant",
+        *others,
+    }  # the only one
 
 
 # --- a pooling more ----------------------------------------------------------------------------------------------
 
-def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(run, script, folders, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(POOLINGS, "least", lambda states, tokens: states.masked_fill(~tokens, torch.inf).amin(dim=1))
+
+def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(
+    run, script, folders, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(
+        POOLINGS, "least", lambda states, tokens: states.masked_fill(~tokens, torch.inf).amin(dim=1)
+    )
     assert run("--dtype", "float32", *FP32)[0] == 0
-    features = np.load(tmp_path / "out/dev.de.least.npy")                                       # (L, N, D)
-    search = ("--features", tmp_path / "out", "--layers", 1, 3, "--seeds", 1, "--epochs", 1, "--scale", "none", "--lr",
-              0.1)
+    features = np.load(tmp_path / "out/dev.de.least.npy")  # (L, N, D)
+    search = (
+        "--features",
+        tmp_path / "out",
+        "--layers",
+        1,
+        3,
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--scale",
+        "none",
+        "--lr",
+        0.1,
+    )
     code, out, _ = script("grid_search", *search, "--out", tmp_path / "all")
     assert code == 0 and f"x {len(POOLINGS)} poolings" in out and "mean: least" in out
     assert script("grid_search", *search, "--out", tmp_path / "grid", "--poolings", "least")[0] == 0
     best = json.loads((tmp_path / "grid/best.json").read_text())
     assert best["pooling"] == "least"
 
-    model = Classifier(load_encoder(folders["bert"])[0], "abcd", layers=[1, 3], pooling="least").eval()
+    model = Classifier(
+        load_encoder(folders["bert"])[0], "abcd", layers=[1, 3], pooling="least"
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folders["bert"])
     with open(Path(data, "dev.de.tsv"), encoding="utf-8") as file:
-        batch = tokenizer([line.split("\t")[0] for line in file][1:], padding=True, return_tensors="pt")
+        batch = tokenizer(
+            [line.split("\t")[0] for line in file][1:], padding=True, return_tensors="pt"
+        )
     with torch.no_grad():
-        expected = model.classifier(torch.from_numpy(np.concatenate([features[1], features[3]], axis=1)))
+        expected = model.classifier(
+            torch.from_numpy(np.concatenate([features[1], features[3]], axis=1))
+        )
         torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
 
-    assert script("train", "--model", folders["bert"], "--data", data, "--out", tmp_path / "run", "--epochs", 1,
-                  "--layers-from",
-                  tmp_path / "grid/best.json", "--precision", "fp32", "--max-length", 33)[0] == 0
+    assert (
+        script(
+            "train",
+            "--model",
+            folders["bert"],
+            "--data",
+            data,
+            "--out",
+            tmp_path / "run",
+            "--epochs",
+            1,
+            "--layers-from",
+            tmp_path / "grid/best.json",
+            "--precision",
+            "fp32",
+            "--max-length",
+            33,
+        )[0]
+        == 0
+    )
     trained = load_model(tmp_path / "run/epochs/1")
     assert (trained.pooling, trained.layers) == ("least", best["layers"])
     monkeypatch.delitem(POOLINGS, "least")
@@ -363,13 +558,22 @@ def test_a_pooling_that_is_added_to_the_dict_works_in_both_phases(run, script, f
 
 # --- bad input ---------------------------------------------------------------------------------------------------
 
+
 def test_bad_input_is_one_sentence_and_makes_no_folder(run, folders, data, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/labels.txt").write_text("a\nb\n")
-    refused(run(data=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'} is not a data set folder: it has no labels.txt")
-    refused(run(data=tmp_path / "empty"), "empty/train.en.tsv does not exist; train is there in: no language")
+    refused(
+        run(data=tmp_path / "nowhere"),
+        f"{tmp_path / 'nowhere'} is not a data set folder: it has no labels.txt",
+    )
+    refused(
+        run(data=tmp_path / "empty"),
+        "empty/train.en.tsv does not exist; train is there in: no language",
+    )
     refused(run(model=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such folder")
-    refused(run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions this encoder has")
+    refused(
+        run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions this encoder has"
+    )
     refused(run("--max-length", 2), "--max-length 2: expected 3 to 64")
     refused(run("--batch-size", 0), "--batch-size: 0, expected 1 or more")
     assert not (tmp_path / "out").exists()
@@ -391,6 +595,10 @@ def test_a_token_that_the_encoder_does_not_know_is_an_error(run, folders, data, 
     shutil.copytree(data, tmp_path / "data")
     path = tmp_path / "data/dev.de.tsv"
     path.write_text(path.read_text().replace("bitte", "xxurlxx", 1))
-    refused(run(model=tmp_path / "model", data=tmp_path / "data"),
-            f"the tokenizer gives token {known}, the encoder knows {known}")
-    assert "dev.de.max.npy" not in finals(tmp_path / "out") and "dev.en.max.npy" in finals(tmp_path / "out")
+    refused(
+        run(model=tmp_path / "model", data=tmp_path / "data"),
+        f"the tokenizer gives token {known}, the encoder knows {known}",
+    )
+    assert "dev.de.max.npy" not in finals(tmp_path / "out") and "dev.en.max.npy" in finals(
+        tmp_path / "out"
+    )

@@ -1,4 +1,5 @@
 """Two processes of torchrun (gloo, CPU) against one: the same features, results and losses."""
+
 import csv
 import json
 import os
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 DRIVER = """
 import os, shlex, signal, sys
 sys.path.insert(0, {root!r})
-import common, extract, grid_search, train
+import extract, grid_search, train
+from lib import messages
 train.LOG_STEPS = 1
 def main():
     for line in open(sys.argv[1]):
@@ -33,7 +35,7 @@ def main():
             train.learning_rate = rate
             continue
         {{"extract": extract, "grid_search": grid_search, "train": train}}[name].main(arguments)
-common.cli(main)
+messages.cli(main)
 """
 
 
@@ -58,10 +60,18 @@ train {tuned} --out {out}/pooler-stopped {pooler}
 def torchrun(lines, folder, processes):
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     (folder / "commands").write_text(lines)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
-                          capture_output=True, text=True,
-                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,9 @@ def both(tmp_path_factory):
     """The folders that one process and two made from the same commands, and what two printed."""
     folder = tmp_path_factory.mktemp("processes")
     model = make_model(folder / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    data = make_data(folder / "data", train=66)  # the last batch of an epoch has one row: one process has none
+    data = make_data(
+        folder / "data", train=66
+    )  # the last batch of an epoch has one row: one process has none
     made = {}
     for processes in (1, 2):
         made[processes] = folder / str(processes)
@@ -85,7 +97,10 @@ def test_features_are_the_same(both):
     assert names == sorted(path.name for path in two.glob("*.npy")) and len(names) == 7 * 4
     for name in names:
         np.testing.assert_allclose(np.load(one / name), np.load(two / name), atol=1e-5)
-    assert not list(two.rglob(".*.tmp")) and json.loads((two / "manifest.json").read_text())["complete"]
+    assert (
+        not list(two.rglob(".*.tmp"))
+        and json.loads((two / "manifest.json").read_text())["complete"]
+    )
 
 
 def test_the_search_gives_the_same_results(both):
@@ -98,17 +113,24 @@ def test_the_search_gives_the_same_results(both):
 
 @pytest.mark.parametrize("name", ["wf", "pooler"])
 def test_training_gives_the_same_losses_and_weights(both, name):
-    metrics = [[json.loads(line) for line in open(out / name / "metrics.jsonl")] for out in both[:2]]
+    metrics = [
+        [json.loads(line) for line in open(out / name / "metrics.jsonl")] for out in both[:2]
+    ]
     assert len(metrics[0]) == len(metrics[1])
     for a, b in zip(*metrics):
-        assert {k: v for k, v in a.items() if k not in ("loss", "examples_per_second")} == \
-               {k: v for k, v in b.items() if k not in ("loss", "examples_per_second")}
+        assert {k: v for k, v in a.items() if k not in ("loss", "examples_per_second")} == {
+            k: v for k, v in b.items() if k not in ("loss", "examples_per_second")
+        }
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
     if name == "wf":
-        assert len({row["step"] for row in metrics[0]}) == 18 and metrics[0][-1]["frozen_layers"] == [0, 3]
+        assert len({row["step"] for row in metrics[0]}) == 18 and metrics[0][-1][
+            "frozen_layers"
+        ] == [0, 3]
     last = max(path.name for path in (both[0] / name / "epochs").iterdir() if path.name != "mean")
     for epoch in (last, "mean"):
-        one, two = (load_file(out / name / "epochs" / epoch / "model.safetensors") for out in both[:2])
+        one, two = (
+            load_file(out / name / "epochs" / epoch / "model.safetensors") for out in both[:2]
+        )
         for key in one:
             np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
 
@@ -118,8 +140,13 @@ def test_training_gives_the_same_losses_and_weights(both, name):
 def test_stopped_by_a_signal_and_started_again_is_as_never_stopped(both, processes, name, steps):
     """By one SIGTERM and a second at its heels, in one process or in each."""
     runs = [both[processes - 1] / name, both[processes - 1] / f"{name}-stopped"]
-    whole, stopped = ([{k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-                       for line in open(run / "metrics.jsonl")] for run in runs)
+    whole, stopped = (
+        [
+            {k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
+            for line in open(run / "metrics.jsonl")
+        ]
+        for run in runs
+    )
     assert whole == stopped and whole[-1]["step"] == steps
     for epoch in (steps // 6, "mean"):
         one, two = (load_file(run / f"epochs/{epoch}/model.safetensors") for run in runs)
@@ -128,13 +155,26 @@ def test_stopped_by_a_signal_and_started_again_is_as_never_stopped(both, process
 
 def test_only_one_process_speaks(both):
     text = both[2]
-    assert text.count("2 processes on cpu, float32 products (as asked)") == 7 and text.count(": done") == 5
+    assert (
+        text.count("2 processes on cpu, float32 products (as asked)") == 7
+        and text.count(": done") == 5
+    )
     assert "stopped by SIGTERM after step 9" in text and "going on after step 10" in text
-    assert text.count("stopped by") == 3 == text.count("to go on:\ntorchrun --nproc-per-node 2 train.py")
+    assert (
+        text.count("stopped by")
+        == 3
+        == text.count("to go on:\ntorchrun --nproc-per-node 2 train.py")
+    )
 
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both):
     one, two, _, model, data = both
-    lines = [line for line in commands(model, data, two).splitlines() if line.startswith("train")][:1]
+    lines = [line for line in commands(model, data, two).splitlines() if line.startswith("train")][
+        :1
+    ]
     result = torchrun("\n".join(lines), two, 1)
-    assert result.returncode == 2 and "processes was 2, is now 1" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "processes was 2, is now 1" in result.stderr
+        and "Traceback" not in result.stderr
+    )

@@ -1,6 +1,7 @@
 """The README's own command blocks, run as they stand: models come by name from a hub on the loopback (hub.py), where
 sample/model stands under every name; archives of the sample's own rows are in the place of the published ones; and each
 command gets flags that make it small. What the README says is what is tested."""
+
 import io
 import json
 import os
@@ -12,15 +13,28 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
 from hub import Hub
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["bert-base-multilingual-uncased", "intfloat/multilingual-e5-small"]  # every name that the README uses
-SMALL = {"data.py": "", "data.py xnli": "--archives archives", "data.py massive": "--archives archives",
-         "extract.py": "", "grid_search.py": "--layers 6 8 11 --seeds 2 --epochs 2", "evaluate.py": "", "plot.py": "",
-         "train.py": "--max-train-rows 24 --max-eval-rows 6"}
-SKIPPED = ("make ", "tensorboard ", "torchrun ")  # tested elsewhere, or it serves until it is stopped
+NAMES = [
+    "bert-base-multilingual-uncased",
+    "intfloat/multilingual-e5-small",
+]  # every name that the README uses
+SMALL = {
+    "data.py": "",
+    "data.py xnli": "--archives archives",
+    "data.py massive": "--archives archives",
+    "extract.py": "",
+    "grid_search.py": "--layers 6 8 11 --seeds 2 --epochs 2",
+    "evaluate.py": "",
+    "plot.py": "",
+    "train.py": "--max-train-rows 24 --max-eval-rows 6",
+}
+SKIPPED = (
+    "make ",
+    "tensorboard ",
+    "torchrun ",
+)  # tested elsewhere, or it serves until it is stopped
 
 
 def table(path):
@@ -37,20 +51,36 @@ def write_archives(folder):
             lines = ["language\tpairID\tsentence1\tsentence2\tgold_label"]
             for language in languages:
                 rows = table(ROOT / f"sample/nli/{split}.{language}.tsv")[:20]
-                lines += [f"{language}\t{i}\t{row['text_a']}\t{row['text_b']}\t{row['label']}" for i, row in enumerate(rows)]
+                lines += [
+                    f"{language}\t{i}\t{row['text_a']}\t{row['text_b']}\t{row['label']}"
+                    for i, row in enumerate(rows)
+                ]
             archive.writestr(f"XNLI-1.0/xnli.{split}.tsv", "\n".join(lines) + "\n")
     with zipfile.ZipFile(folder / "XNLI-MT-1.0.zip", "w") as archive:
         rows = table(ROOT / "sample/nli/train.en.tsv")[:40]
-        lines = ["premise\thypo\tlabel"] + [f"{row['text_a']}\t{row['text_b']}\t{row['label']}" for row in rows]
+        lines = ["premise\thypo\tlabel"] + [
+            f"{row['text_a']}\t{row['text_b']}\t{row['label']}" for row in rows
+        ]
         for language in languages:  # the same rows: nobody looks at what they say
-            archive.writestr(f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv", "\n".join(lines) + "\n")
+            archive.writestr(
+                f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv", "\n".join(lines) + "\n"
+            )
     with tarfile.open(folder / "amazon-massive-dataset-1.0.tar.gz", "w:gz") as archive:
         for locale in "en-US de-DE es-ES fr-FR zh-CN".split():
             records = []
             for split in ("train", "dev", "test"):
                 language = "en" if split == "train" else locale[:2]
-                for i, row in enumerate(table(ROOT / f"sample/intents/{split}.{language}.tsv")[:40]):
-                    records.append({"id": f"{split}{i}", "partition": split, "intent": row["label"], "utt": row["text"]})
+                for i, row in enumerate(
+                    table(ROOT / f"sample/intents/{split}.{language}.tsv")[:40]
+                ):
+                    records.append(
+                        {
+                            "id": f"{split}{i}",
+                            "partition": split,
+                            "intent": row["label"],
+                            "utt": row["text"],
+                        }
+                    )
             content = "".join(json.dumps(record) + "\n" for record in records).encode()
             info = tarfile.TarInfo(f"1.0/data/{locale}.jsonl")
             info.size = len(content)
@@ -77,13 +107,27 @@ def test_every_command_of_the_readme_runs(tmp_path):
     used = re.findall(r"^M=(\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert used and set(used) <= set(NAMES)
     place = tmp_path / "clone"
-    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", ".venv", "tests", "results", "__pycache__", ".*cache"))
+    shutil.copytree(
+        ROOT,
+        place,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", "tests", "results", "__pycache__", ".*cache"
+        ),
+    )
     write_archives(place / "archives")
     (place / "my.tsv").write_text("text\nwo ist mein geld\n")
     script = "set -e\n" + "".join(f"echo '+' {line!r}\n{line}\n" for line in commands())
     with Hub(dict.fromkeys(NAMES, ROOT / "sample/model")) as hub:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, timeout=600,
-                              env=os.environ | hub.environment(tmp_path / "cache") | {"PATH": path, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=os.environ
+            | hub.environment(tmp_path / "cache")
+            | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert any(path.endswith("model.safetensors") for _, path, _ in hub.asked)

@@ -1,4 +1,5 @@
 """The sample data: reproducible, row-parallel, honest (no label to be had from half a pair) and split by meaning."""
+
 import hashlib
 import json
 import re
@@ -12,7 +13,12 @@ import pytest
 SAMPLE = Path(__file__).parent.parent / "sample"
 LANGUAGES = ["en", "de", "es", "fr", "zh", "ar", "ur"]
 NAMES = ["intents", "intents14", "nli", "parallel"]
-ROWS = {"intents": (2400, 300, 600), "intents14": (4004, 420, 840), "nli": (6000, 300, 600), "parallel": (8000, 0, 0)}
+ROWS = {
+    "intents": (2400, 300, 600),
+    "intents14": (4004, 420, 840),
+    "nli": (6000, 300, 600),
+    "parallel": (8000, 0, 0),
+}
 
 sys.path.insert(0, str(SAMPLE))  # as when the script is run
 
@@ -25,7 +31,10 @@ def read(path):
     assert lines[-1] == "" and "\r" not in "".join(lines)
     assert lines[0] in ("text\tlabel", "text_a\ttext_b\tlabel")
     rows = [line.split("\t") for line in lines[1:-1]]
-    assert all(len(row) == lines[0].count("\t") + 1 and all(field.strip() == field != "" for field in row) for row in rows)
+    assert all(
+        len(row) == lines[0].count("\t") + 1 and all(field.strip() == field != "" for field in row)
+        for row in rows
+    )
     return rows
 
 
@@ -47,12 +56,18 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(made):
     """{(set, split, language): rows}"""
-    return {(name, *path.name.split(".")[:2]): read(path) for name in NAMES for path in sorted((made / name).glob("*.tsv"))}
+    return {
+        (name, *path.name.split(".")[:2]): read(path)
+        for name in NAMES
+        for path in sorted((made / name).glob("*.tsv"))
+    }
 
 
 @pytest.mark.parametrize("name", ["intents", "intents14", "nli"])
 def test_the_committed_files_are_what_the_script_makes(made, name):
-    committed = {path.name: path.read_bytes() for path in (SAMPLE / name).iterdir() if path.is_file()}
+    committed = {
+        path.name: path.read_bytes() for path in (SAMPLE / name).iterdir() if path.is_file()
+    }
     fresh = {path.name: path.read_bytes() for path in (made / name).iterdir()}
     assert sorted(committed) == sorted(fresh)
     assert [file for file in fresh if committed[file] != fresh[file]] == []
@@ -62,25 +77,41 @@ def test_the_committed_files_are_what_the_script_makes(made, name):
 def test_files_rows_labels_and_sources(made, data, name):
     train, dev, test = ROWS[name]
     labels = (made / name / "labels.txt").read_text(encoding="utf-8").splitlines()
-    assert len(labels) == len(set(labels)) == {"intents": 4, "intents14": 14, "nli": 3, "parallel": 17}[name]
+    assert (
+        len(labels)
+        == len(set(labels))
+        == {"intents": 4, "intents14": 14, "nli": 3, "parallel": 17}[name]
+    )
     sources = json.loads((made / name / "sources.json").read_text(encoding="utf-8"))
     assert set(sources) == {path.name for path in (made / name).glob("*.tsv")}
     for file, entry in sources.items():
         assert entry["sha256"] == hashlib.sha256((made / name / file).read_bytes()).hexdigest()
-        assert entry["rows"] == {"train": train, "dev": dev, "test": test}[file.split(".")[0]] \
+        assert (
+            entry["rows"]
+            == {"train": train, "dev": dev, "test": test}[file.split(".")[0]]
             == len(data[name, *file.split(".")[:2]])
-    wanted = {f"{split}.{language}.tsv" for language in LANGUAGES
-              for split in (["train"] if name == "parallel" else ["dev", "test"])} | {"train.en.tsv"}
+        )
+    wanted = {
+        f"{split}.{language}.tsv"
+        for language in LANGUAGES
+        for split in (["train"] if name == "parallel" else ["dev", "test"])
+    } | {"train.en.tsv"}
     assert set(sources) == wanted
     for (other, split, language), rows in data.items():
         if other == name:
             assert {row[-1] for row in rows} == set(labels)
-            assert [row[-1] for row in rows] == [row[-1] for row in data[name, split, "en"]], "not row-parallel"
+            assert [row[-1] for row in rows] == [row[-1] for row in data[name, split, "en"]], (
+                "not row-parallel"
+            )
 
 
 def test_class_shares(data):
     assert Counter(row[-1] for row in data["intents", "train", "en"]) == {
-        "refund": 1200, "agent": 600, "delivery": 360, "cancel": 240}
+        "refund": 1200,
+        "agent": 600,
+        "delivery": 360,
+        "cancel": 240,
+    }
     for name, split, language in data:
         if split != "train":
             assert len(set(Counter(row[-1] for row in data[name, split, language]).values())) == 1
@@ -89,14 +120,18 @@ def test_class_shares(data):
 def test_digits_are_the_same_in_every_language(data):
     for (name, split, language), rows in data.items():
         for row, english in zip(rows, data[name, split, "en"]):
-            digits = [sorted(re.findall(r"\d+", " ".join(fields[:-1]))) for fields in (row, english)]
+            digits = [
+                sorted(re.findall(r"\d+", " ".join(fields[:-1]))) for fields in (row, english)
+            ]
             assert digits[0] == digits[1], (name, split, language, row, english)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("name", ["intents", "intents14", "nli"])
 def test_no_sentence_is_in_two_splits(data, name, language):
-    train = sentences(data.get((name, "train", language), [])) | sentences(data["parallel", "train", language])
+    train = sentences(data.get((name, "train", language), [])) | sentences(
+        data["parallel", "train", language]
+    )
     dev, test = sentences(data[name, "dev", language]), sentences(data[name, "test", language])
     assert not dev & test and not train & dev and not train & test
     for split in ("dev", "test"):
@@ -110,21 +145,46 @@ def english_values():
     for line in (SAMPLE / "lexicon" / "en.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("=="):
             slot = line.removeprefix("== slot ") if line.startswith("== slot ") else None
-        elif slot in {"product", "contract", "device", "colour", "city", "weekday", "month", "person", "duration",
-                      "channel", "account", "plan", "method"} and ":" in line:
-            surfaces.setdefault(slot, []).append(re.sub(r"^[mf] ", "", line.split(": ", 1)[1]).lower())
+        elif (
+            slot
+            in {
+                "product",
+                "contract",
+                "device",
+                "colour",
+                "city",
+                "weekday",
+                "month",
+                "person",
+                "duration",
+                "channel",
+                "account",
+                "plan",
+                "method",
+            }
+            and ":" in line
+        ):
+            surfaces.setdefault(slot, []).append(
+                re.sub(r"^[mf] ", "", line.split(": ", 1)[1]).lower()
+            )
     return surfaces
 
 
 def combination(text, patterns):
     """The slot values in an English sentence: {(slot, surface), ...}."""
-    found = {(slot, match) for slot, pattern in patterns.items() for match in pattern.findall(text.lower())}
+    found = {
+        (slot, match)
+        for slot, pattern in patterns.items()
+        for match in pattern.findall(text.lower())
+    }
     return frozenset(found | {("number", number) for number in re.findall(r"\d+", text)})
 
 
 def test_held_out_combinations_are_in_no_training_text(data):
-    patterns = {slot: re.compile(r"\b(" + "|".join(sorted(words, key=len, reverse=True)) + r")\b")
-                for slot, words in english_values().items()}
+    patterns = {
+        slot: re.compile(r"\b(" + "|".join(sorted(words, key=len, reverse=True)) + r")\b")
+        for slot, words in english_values().items()
+    }
     names = {"intents", "intents14"}
     known, tested = set(), Counter()
     for (name, split, language), rows in data.items():
@@ -144,14 +204,20 @@ def test_held_out_combinations_are_in_no_training_text(data):
         things = [pair for pair in slots if pair[0] in ("product", "contract", "device")]
         assert len(things) == 1, text
         # "a month" (the price) and "the online shop" are part of phrasings here, not values
-        return {(things[0], pair) for pair in slots if pair[0] in ("colour", "weekday", "city", "person", "month", "number")}
+        return {
+            (things[0], pair)
+            for pair in slots
+            if pair[0] in ("colour", "weekday", "city", "person", "month", "number")
+        }
 
     topics = {"order", "contract", "repair"}
     train = [row[:2] for row in data["nli", "train", "en"]]
     train += [row[:1] for row in data["parallel", "train", "en"] if row[1] in topics]
     known = {fact for texts in train for text in texts for fact in facts(text)}
-    dev, test = ({fact for row in data["nli", split, "en"] for text in row[:2] for fact in facts(text)}
-                 for split in ("dev", "test"))
+    dev, test = (
+        {fact for row in data["nli", split, "en"] for text in row[:2] for fact in facts(text)}
+        for split in ("dev", "test")
+    )
     assert len(test) > 100 and not test & known and not dev & known and not dev & test
 
 
@@ -160,7 +226,15 @@ def test_each_half_of_a_pair_has_every_label_equally_often(data):
         for half in (0, 1):
             counts = Counter((normal(row[half]), row[-1]) for row in data["nli", split, "en"])
             for text in {text for text, _ in counts}:
-                assert len({counts[text, label] for label in ("entailment", "neutral", "contradiction")}) == 1, text
+                assert (
+                    len(
+                        {
+                            counts[text, label]
+                            for label in ("entailment", "neutral", "contradiction")
+                        }
+                    )
+                    == 1
+                ), text
 
 
 @pytest.mark.parametrize("half", ["premise", "hypothesis"])
@@ -168,10 +242,12 @@ def test_one_half_of_a_pair_says_nothing_about_the_label(data, half):
     pipeline = pytest.importorskip("sklearn.pipeline")
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
+
     column = 0 if half == "premise" else 1
     x, y = zip(*((row[column], row[-1]) for row in data["nli", "train", "en"]))
-    features = pipeline.make_union(CountVectorizer(ngram_range=(1, 2)),
-                                   CountVectorizer(analyzer="char_wb", ngram_range=(3, 4)))
+    features = pipeline.make_union(
+        CountVectorizer(ngram_range=(1, 2)), CountVectorizer(analyzer="char_wb", ngram_range=(3, 4))
+    )
     model = pipeline.make_pipeline(features, LogisticRegression(max_iter=30, tol=1e-2))
     model.fit(x, y)
     x, y = zip(*((row[column], row[-1]) for row in data["nli", "test", "en"]))
@@ -182,27 +258,48 @@ def test_one_half_of_a_pair_says_nothing_about_the_label(data, half):
 
 def test_word_overlap_does_not_give_the_label(data):
     """The hypotheses of neutral and contradicted pairs share words with their premises, too, and no two cuts tell them apart."""
+
     def overlap(row):
         a, b = (set(re.findall(r"\w+", text.lower())) for text in row[:2])
         return len(a & b) / len(b)
+
     rows = [(overlap(row), row[2]) for row in data["nli", "test", "en"]]
-    means = {label: sum(score for score, other in rows if other == label) * 3 / len(rows) for _, label in rows}
+    means = {
+        label: sum(score for score, other in rows if other == label) * 3 / len(rows)
+        for _, label in rows
+    }
     assert means["neutral"] > 0.25 and means["contradiction"] > 0.4, means
     labels, cuts = sorted(means, key=means.get), sorted({score for score, _ in rows} | {2.0})
-    best = max(sum(label == labels[(score >= low) + (score >= high)] for score, label in rows) / len(rows)
-               for low in cuts for high in cuts if low <= high)
+    best = max(
+        sum(label == labels[(score >= low) + (score >= high)] for score, label in rows) / len(rows)
+        for low in cuts
+        for high in cuts
+        if low <= high
+    )
     print(f"overlap only: {best:.3f}", means)
     assert best < 0.70
 
 
-@pytest.mark.parametrize("language, name", [("en", "LATIN"), ("de", "LATIN"), ("es", "LATIN"), ("fr", "LATIN"),
-                                            ("zh", "CJK"), ("ar", "ARABIC"), ("ur", "ARABIC")])
+@pytest.mark.parametrize(
+    "language, name",
+    [
+        ("en", "LATIN"),
+        ("de", "LATIN"),
+        ("es", "LATIN"),
+        ("fr", "LATIN"),
+        ("zh", "CJK"),
+        ("ar", "ARABIC"),
+        ("ur", "ARABIC"),
+    ],
+)
 def test_every_language_is_in_its_own_script(data, language, name):
     for (_, split, other), rows in data.items():
         if other == language:
             text = " ".join(field for row in rows for field in row[:-1])
             letters = [character for character in text if character.isalpha()]
-            share = sum(unicodedata.name(character).startswith(name) for character in letters) / len(letters)
+            share = sum(
+                unicodedata.name(character).startswith(name) for character in letters
+            ) / len(letters)
             assert share > 0.95
             if language == "zh":
                 lines = "\n".join(field for row in rows for field in row[:-1])
@@ -217,7 +314,10 @@ def test_no_template_is_left_in_the_text(data):
     for key, rows in data.items():
         for row in rows:
             for text in row[:-1]:
-                assert not re.search(r"[{}\[\]|@_]|  | [.,]|[.,!?،؟۔。，？！]{2}| -|None", text), (key, text)
+                assert not re.search(r"[{}\[\]|@_]|  | [.,]|[.,!?،؟۔。，？！]{2}| -|None", text), (
+                    key,
+                    text,
+                )
 
 
 def test_a_lexicon_with_a_hole_is_named():
@@ -229,10 +329,19 @@ def test_a_lexicon_with_a_hole_is_named():
         make_data.check_lexicon(german, english, "de")
     message = str(error.value)
     assert "lexicon/de.txt" in message and "'slot product' has no key 'lamp'" in message
-    assert "no section 'say cancel.order'" in message and "without {order}: wo ist mein Geld?" in message
+    assert (
+        "no section 'say cancel.order'" in message
+        and "without {order}: wo ist mein Geld?" in message
+    )
 
 
 def test_another_seed_is_another_split():
-    meanings = [{"product": product, "city": city} for product in ("lamp", "sofa", "fan") for city in ("rome", "paris", "dubai")]
-    splits = [[make_data.split_of("stock", meaning, seed) for meaning in meanings] for seed in (0, 0, 1)]
+    meanings = [
+        {"product": product, "city": city}
+        for product in ("lamp", "sofa", "fan")
+        for city in ("rome", "paris", "dubai")
+    ]
+    splits = [
+        [make_data.split_of("stock", meaning, seed) for meaning in meanings] for seed in (0, 0, 1)
+    ]
     assert splits[0] == splits[1] != splits[2]

@@ -9,39 +9,99 @@ The format of LANG.txt: `== section` opens a section, `#` a comment; one entry o
 In a phrasing: {slot}, {slot.form}, {colour.@product} (the form named after the product's class), {slot?a|b} (the word that
 agrees with the slot's gender, in the order of `genders`), [a|b] (any of these).
 """
+
 import re
 
 LANGUAGES = ["en", "de", "es", "fr", "zh", "ar", "ur"]
 FRAMES = {  # intent.frame: the slots that make up its meaning
-    "refund.product": "product duration", "refund.amount": "amount weekday", "refund.order": "order",
+    "refund.product": "product duration",
+    "refund.amount": "amount weekday",
+    "refund.order": "order",
     "refund.cancelled": "product month",
-    "agent.about": "about product", "agent.call": "product weekday", "agent.person": "person contract",
-    "cancel.product": "product reason", "cancel.contract": "contract month", "cancel.why": "contract creason",
+    "agent.about": "about product",
+    "agent.call": "product weekday",
+    "agent.person": "person contract",
+    "cancel.product": "product reason",
+    "cancel.contract": "contract month",
+    "cancel.why": "contract creason",
     "cancel.order": "order",
-    "delivery.product": "product duration", "delivery.city": "product city", "delivery.order": "order",
+    "delivery.product": "product duration",
+    "delivery.city": "product city",
+    "delivery.order": "order",
     "delivery.day": "product weekday",
-    "address.city": "product city", "address.move": "city month", "address.order": "order city",
-    "invoice.amount": "contract amount", "invoice.month": "contract month", "invoice.product": "product channel",
-    "fault.device": "device issue", "fault.since": "device weekday", "fault.city": "city weekday",
-    "login.forgot": "account channel", "login.code": "channel duration", "login.locked": "account weekday",
-    "hours.city": "city weekday", "hours.late": "city hour", "hours.phone": "weekday hour",
-    "plan.switch": "plan month", "plan.data": "gb month", "plan.price": "plan amount",
-    "complaint.product": "product defect", "complaint.staff": "person city", "complaint.courier": "product weekday",
-    "warranty.device": "device duration", "warranty.city": "device city", "warranty.bought": "product month",
-    "stock.colour": "product colour", "stock.city": "product city", "stock.month": "product month",
-    "payment.method": "method product", "payment.amount": "amount weekday", "payment.order": "order method",
+    "address.city": "product city",
+    "address.move": "city month",
+    "address.order": "order city",
+    "invoice.amount": "contract amount",
+    "invoice.month": "contract month",
+    "invoice.product": "product channel",
+    "fault.device": "device issue",
+    "fault.since": "device weekday",
+    "fault.city": "city weekday",
+    "login.forgot": "account channel",
+    "login.code": "channel duration",
+    "login.locked": "account weekday",
+    "hours.city": "city weekday",
+    "hours.late": "city hour",
+    "hours.phone": "weekday hour",
+    "plan.switch": "plan month",
+    "plan.data": "gb month",
+    "plan.price": "plan amount",
+    "complaint.product": "product defect",
+    "complaint.staff": "person city",
+    "complaint.courier": "product weekday",
+    "warranty.device": "device duration",
+    "warranty.city": "device city",
+    "warranty.bought": "product month",
+    "stock.colour": "product colour",
+    "stock.city": "product city",
+    "stock.month": "product month",
+    "payment.method": "method product",
+    "payment.amount": "amount weekday",
+    "payment.order": "order method",
 }
 FACTS = {  # topic: what it is about, and its attributes with the slot of their value (yes/no where there is none)
-    "order": ("product", dict(colour="colour", day="weekday", city="city", gift="person", invoice="weekday",
-                              paid=None, arrived=None)),
-    "contract": ("contract", dict(price="amount", until="month", signed="month", holder="person",
-                                  cancelled=None, confirmed=None)),
-    "repair": ("device", dict(visit="weekday", called="weekday", tech="person", cost="amount", bought="month",
-                              works=None, part=None)),
+    "order": (
+        "product",
+        dict(
+            colour="colour",
+            day="weekday",
+            city="city",
+            gift="person",
+            invoice="weekday",
+            paid=None,
+            arrived=None,
+        ),
+    ),
+    "contract": (
+        "contract",
+        dict(
+            price="amount",
+            until="month",
+            signed="month",
+            holder="person",
+            cancelled=None,
+            confirmed=None,
+        ),
+    ),
+    "repair": (
+        "device",
+        dict(
+            visit="weekday",
+            called="weekday",
+            tech="person",
+            cost="amount",
+            bought="month",
+            works=None,
+            part=None,
+        ),
+    ),
 }
 NUMBERS = {  # slots written in digits in every language
-    "amount": [15, 18, 25, 29, 35, 39, 45, 49, 59, 75, 89, 99], "hour": [5, 6, 7, 8],
-    "gb": [5, 10, 15, 20, 30, 50, 80, 100], "order": range(20000, 80000),
+    "amount": [15, 18, 25, 29, 35, 39, 45, 49, 59, 75, 89, 99],
+    "hour": [5, 6, 7, 8],
+    "gb": [5, 10, 15, 20, 30, 50, 80, 100],
+    "order": range(20000, 80000),
 }
 MARKS = ".!?。！？؟۔"
 
@@ -58,10 +118,16 @@ def read_lexicon(path):
             lexicon[section] = []
         elif line and not line.startswith("#"):
             if section is None:
-                raise ValueError(f"{path}, line {number}: expected a line '== section' before '{line}'")
+                raise ValueError(
+                    f"{path}, line {number}: expected a line '== section' before '{line}'"
+                )
             lexicon[section].append(line)
-    pairs = lambda text: dict(part.strip().split("=", 1) for part in text.split(" ; ") if "=" in part)
-    forms = {key.strip(): pairs(rest) for key, rest in (line.split(":", 1) for line in lexicon["forms"])}
+    pairs = lambda text: dict(
+        part.strip().split("=", 1) for part in text.split(" ; ") if "=" in part
+    )
+    forms = {
+        key.strip(): pairs(rest) for key, rest in (line.split(":", 1) for line in lexicon["forms"])
+    }
     for name in [name for name in lexicon if name.startswith("slot ")]:
         entries = {}
         for key, rest in (line.split(":", 1) for line in lexicon[name]):
@@ -71,23 +137,42 @@ def read_lexicon(path):
             derived = {form: text.replace("{}", word) for form, text in forms.get(kind, {}).items()}
             entries[key.strip()] = {"": word, "class": kind, **derived, **pairs(rest)}
         lexicon[name] = entries
-    lexicon["language"] = [tuple(part.strip() for part in line.split(":", 1)) for line in lexicon["language"]]
+    lexicon["language"] = [
+        tuple(part.strip() for part in line.split(":", 1)) for line in lexicon["language"]
+    ]
     lexicon["join"] = [text for key, text in lexicon["language"] if key == "join"]
     lexicon["language"] = dict(lexicon["language"])
     habits = [line.split(" ", 1) for line in lexicon["habit"]]
-    lexicon["habit"] = [(float(probability), [part.strip().replace("_", " ").split(">") for part in rest.split(";")])
-                        for probability, rest in habits]
+    lexicon["habit"] = [
+        (
+            float(probability),
+            [part.strip().replace("_", " ").split(">") for part in rest.split(";")],
+        )
+        for probability, rest in habits
+    ]
     return lexicon
 
 
 def check_lexicon(lexicon, reference, language):
     """ValueError naming the section, key or slot that a language lacks, held against the first language."""
     problems = [f"no section '{name}'" for name in reference if name not in lexicon]
-    problems += [f"unknown section '{name}': {LANGUAGES[0]}.txt has none" for name in lexicon if name not in reference]
+    problems += [
+        f"unknown section '{name}': {LANGUAGES[0]}.txt has none"
+        for name in lexicon
+        if name not in reference
+    ]
     for name in [name for name in reference if name in lexicon]:
         if name.startswith("slot "):
-            problems += [f"'{name}' has no key '{key}'" for key in reference[name] if key not in lexicon[name]]
-            problems += [f"'{name}' has an unknown key '{key}'" for key in lexicon[name] if key not in reference[name]]
+            problems += [
+                f"'{name}' has no key '{key}'"
+                for key in reference[name]
+                if key not in lexicon[name]
+            ]
+            problems += [
+                f"'{name}' has an unknown key '{key}'"
+                for key in lexicon[name]
+                if key not in reference[name]
+            ]
         if name.startswith("fact ") and not any(line.startswith("& ") for line in lexicon[name]):
             problems.append(f"'{name}' has no line that starts with '& '")
     needed = {f"say {frame}": slots.split() for frame, slots in FRAMES.items()}
@@ -98,7 +183,11 @@ def check_lexicon(lexicon, reference, language):
     for name, slots in needed.items():
         for line in lexicon.get(name, []):
             used = set(re.findall(r"\{(\w+)", line)) | ({"product"} if "{about" in line else set())
-            missing = [slot for slot in slots if slot not in used and not (line.startswith("& ") and slot == slots[0])]
+            missing = [
+                slot
+                for slot in slots
+                if slot not in used and not (line.startswith("& ") and slot == slots[0])
+            ]
             problems += [f"'{name}' has a phrasing without {{{slot}}}: {line}" for slot in missing]
     if problems:
         raise ValueError(f"lexicon/{language}.txt: " + "\n  ".join(sorted(problems)))
@@ -119,12 +208,16 @@ def fill(template, meaning, lexicon, rng):
         if operator == "?":
             agreeing = dict(zip(genders, rest.split("|")))
             if entry["class"][:1] not in agreeing:
-                raise ValueError(f"no word for the gender of '{meaning[slot]}' ('slot {slot}'): {template}")
+                raise ValueError(
+                    f"no word for the gender of '{meaning[slot]}' ('slot {slot}'): {template}"
+                )
             return agreeing[entry["class"][0]]
         if rest.startswith("@"):
             rest = lexicon[f"slot {rest[1:]}"][meaning[rest[1:]]]["class"][:1]
         if rest not in entry:
-            raise ValueError(f"'slot {slot}' has no form '{rest}' for '{meaning[slot]}', needed by: {template}")
+            raise ValueError(
+                f"'slot {slot}' has no form '{rest}' for '{meaning[slot]}', needed by: {template}"
+            )
         return entry[rest]
 
     text = template
@@ -162,7 +255,9 @@ def message(frame, meaning, lexicon, rng):
     glue = "" if lexicon["language"]["name"] == "Chinese" else " "
     body = fill(rng.choice(lexicon[f"say {frame}"]), meaning, lexicon, rng)
     asks = body[-1] in "?？؟"
-    openings = [line.lstrip("? ") for line in lexicon["opening"] if asks or not line.startswith("?")]
+    openings = [
+        line.lstrip("? ") for line in lexicon["opening"] if asks or not line.startswith("?")
+    ]
     opening = rng.choice(openings) if rng.random() < 0.35 else ""
     if not opening or opening[-1] in MARKS:
         body = capital(body)
@@ -175,7 +270,12 @@ def statement(topic, facts, lexicon, rng):
     parts = []
     for attribute, meaning in facts:
         name = f"fact {topic}.{attribute}" + (f" {meaning['is']}" if "is" in meaning else "")
-        lines = [line.lstrip("& ") for line in lexicon[name] if line.startswith("& ") == bool(parts)]
+        lines = [
+            line.lstrip("& ") for line in lexicon[name] if line.startswith("& ") == bool(parts)
+        ]
         parts.append(fill(rng.choice(lines), meaning, lexicon, rng))
     join = "{a}" if len(parts) == 1 else rng.choice(lexicon["join"])
-    return capital(join.replace("{a}", parts[0]).replace("{b}", parts[-1])) + lexicon["language"]["stop"]
+    return (
+        capital(join.replace("{a}", parts[0]).replace("{b}", parts[-1]))
+        + lexicon["language"]["stop"]
+    )

@@ -3,6 +3,7 @@
 Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for each script, half of them while a file
 is being written.
 """
+
 import json
 import os
 import random
@@ -24,25 +25,79 @@ MARKER = {"extract": "manifest.json", "grid_search": "run.json", "train": "run.j
 def world(tmp_path_factory):
     """An encoder, a data set that takes a few seconds, and its features."""
     folder = tmp_path_factory.mktemp("world")
-    model, data = make_model(folder / "model"), make_data(folder / "data", train=200, dev=30, test=150)
-    run(["extract", "--model", model, "--data", data, "--out", folder / "features", "--max-length", 32])
+    model, data = (
+        make_model(folder / "model"),
+        make_data(folder / "data", train=200, dev=30, test=150),
+    )
+    run(
+        [
+            "extract",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--out",
+            folder / "features",
+            "--max-length",
+            32,
+        ]
+    )
     return folder
 
 
 def flags(script, world):
     model, data = ["--model", world / "model"], ["--data", world / "data"]
-    return {"extract": [*model, *data, "--batch-size", 2, "--max-length", 32],
-            "grid_search": ["--features", world / "features", "--layers", 1, 2, 3, 4, 5, "--seeds", 3, "--epochs", 16],
-            "train": [*model, *data, "--layers", 1, 3, "--freeze-layers", 0, 2, "--freeze-epoch", 1, "--epochs", 3,
-                      "--batch-size", 4,
-                      "--save-steps", 7, "--eval-steps", 40, "--max-length", 32, "--lr", "1e-3"]}[script]
+    return {
+        "extract": [*model, *data, "--batch-size", 2, "--max-length", 32],
+        "grid_search": [
+            "--features",
+            world / "features",
+            "--layers",
+            1,
+            2,
+            3,
+            4,
+            5,
+            "--seeds",
+            3,
+            "--epochs",
+            16,
+        ],
+        "train": [
+            *model,
+            *data,
+            "--layers",
+            1,
+            3,
+            "--freeze-layers",
+            0,
+            2,
+            "--freeze-epoch",
+            1,
+            "--epochs",
+            3,
+            "--batch-size",
+            4,
+            "--save-steps",
+            7,
+            "--eval-steps",
+            40,
+            "--max-length",
+            32,
+            "--lr",
+            "1e-3",
+        ],
+    }[script]
 
 
 def start(arguments):
     script, *rest = map(str, arguments)
-    return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *rest], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"{script}.py"), *rest],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def run(arguments):
@@ -60,7 +115,9 @@ def killed(arguments, out, marker, wait, during_a_write):
     time.sleep(wait)
     if during_a_write:  # a file that has not got its final name yet
         written = set(out.rglob(".*"))
-        while process.poll() is None and not any(path.name != ".lock" for path in set(out.rglob(".*")) - written):
+        while process.poll() is None and not any(
+            path.name != ".lock" for path in set(out.rglob(".*")) - written
+        ):
             pass
     process.kill()
     process.communicate()
@@ -76,18 +133,24 @@ def contents(script, out):
             continue
         assert not path.name.startswith(".") or "." not in path.name[1:], f"{name} was left behind"
         if path.name == "metrics.jsonl":
-            found[name] = [{k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-                           for line in path.read_text().splitlines()]
+            found[name] = [
+                {k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
+                for line in path.read_text().splitlines()
+            ]
         elif path.name == "state.pt":
             state = torch.load(path, weights_only=True)
             state.pop("metrics")
-            found[name] = {k: v.tolist() for k, v in state.pop("model").items()} | {"rest": repr(state)}
+            found[name] = {k: v.tolist() for k, v in state.pop("model").items()} | {
+                "rest": repr(state)
+            }
         elif path.suffix == ".npz":
             found[name] = np.load(path)["confusion"].tolist()  # beside it: seconds
         elif path.name == "run.json":
             found[name] = {k: v for k, v in json.loads(path.read_bytes()).items() if k != "command"}
         elif path.name == "summary.md":
-            found[name] = [line for line in path.read_text().splitlines() if "ms a model" not in line]
+            found[name] = [
+                line for line in path.read_text().splitlines() if "ms a model" not in line
+            ]
         else:
             found[name] = path.read_bytes()
     return found
@@ -101,8 +164,13 @@ def test_killed_at_any_moment_and_started_again_is_as_never_stopped(script, worl
     expected, kills, out = contents(script, tmp_path / "unstopped"), 0, tmp_path / "0"
     while kills < KILLS:
         assert time.perf_counter() - began < 600, f"{kills} kills in ten minutes"
-        hit = killed(arguments, out, MARKER[script], dice.uniform(0, SECONDS[script] * 0.6),
-                     during_a_write=kills % 2 == 1)
+        hit = killed(
+            arguments,
+            out,
+            MARKER[script],
+            dice.uniform(0, SECONDS[script] * 0.6),
+            during_a_write=kills % 2 == 1,
+        )
         kills += hit
         if not hit:  # it was done before: compare, and begin again
             assert contents(script, out) == expected

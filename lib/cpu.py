@@ -2,6 +2,7 @@
 
 Measured: experiments/RESULTS.md, "The CPU's own dropout and attention".
 """
+
 import math
 
 import torch
@@ -16,7 +17,9 @@ def make_fast(model):
     AttentionMaskInterface.register("cpu.py", eager_mask)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation("cpu.py")  # DeBERTa, which has an attention of its own, stays as it is
+            module.set_attn_implementation(
+                "cpu.py"
+            )  # DeBERTa, which has an attention of its own, stays as it is
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
 
@@ -24,12 +27,14 @@ def make_fast(model):
 def random_bits(count, device):
     """(count,) int64 of random bits: a counter that starts where torch's generator says, each number mixed by
     multiplications and shifts ("xmxmx", Maiga 2020). On a CPU in half the time of drawing them all."""
-    start = torch.empty((), dtype=torch.int64, device=device).random_(-2 ** 63, None)
-    bits = torch.arange(count, device=device).mul_(-0x61c8864680b583eb).add_(start)
-    low, high = bits.view(torch.int32).view(-1, 2).unbind(1)  # of little-endian numbers; low ^= high shifts by 32
+    start = torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits = torch.arange(count, device=device).mul_(-0x61C8864680B583EB).add_(start)
+    low, high = (
+        bits.view(torch.int32).view(-1, 2).unbind(1)
+    )  # of little-endian numbers; low ^= high shifts by 32
     for _ in range(2):
         low ^= high
-        bits *= 0x0e9846af9b1a615d
+        bits *= 0x0E9846AF9B1A615D
     low ^= high
     return bits
 
@@ -38,12 +43,16 @@ def keep_mask(shape, dropout, device):
     """Dropout's mask, 1 where a value is kept, int16. 16 random bits decide each (the rate is rounded to 1/65536)."""
     count = math.prod(shape)
     bits = random_bits(-(-count // 4), device).view(torch.int16)[:count].view(shape)
-    return bits.ge_(round(dropout * 65536) - 32768)  # in place: a tensor of booleans takes four times as long
+    return bits.ge_(
+        round(dropout * 65536) - 32768
+    )  # in place: a tensor of booleans takes four times as long
 
 
 def drop(x, dropout):
     """Dropout of a tensor with keep_mask()."""
-    return x * keep_mask(x.shape, dropout, x.device).to(x.dtype).mul_(1 / (1 - round(dropout * 65536) / 65536))
+    return x * keep_mask(x.shape, dropout, x.device).to(x.dtype).mul_(
+        1 / (1 - round(dropout * 65536) / 65536)
+    )
 
 
 class Dropout(nn.Dropout):

@@ -1,0 +1,73 @@
+"""Device, precision, and the processes of torchrun."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lib.messages import UserError
+
+
+def pick_device():
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
+
+
+def pick_precision(name, device):
+    """The dtype of matrix products: "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    """Matrix products in `dtype`, weights and sums in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """A batch of data.collate() as tensors on `device`, copied while the device computes."""
+    tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
+    if device.type == "cuda":
+        tensors = {
+            key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()
+        }
+    return tensors
+
+
+def start_processes():
+    """Join the processes of torchrun, when there are several. Returns (rank, how many there are)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {world} and RANK is not set: start with torchrun, or unset it"
+            )
+        if torch.cuda.is_available():
+            if pick_device().index >= torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}: "
+                    "lower --nproc-per-node"
+                )
+            torch.cuda.set_device(pick_device())
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7)
+        )  # one may evaluate or search while the others wait
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def agree(value=0):
+    """The first process's `value`, a number, in every process of torchrun; all wait for each other here."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(float(value), device=pick_device())
+    dist.barrier()  # a broadcast alone does not hold the first process
+    dist.broadcast(shared, 0)
+    return type(value)(shared.item())
