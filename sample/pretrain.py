@@ -276,8 +276,8 @@ def main(argv=None):
         },
     )
     print(
-        f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, {seen / 1e6:.1f}M tokens, "
-        f"{seconds:.0f} s"
+        f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, "
+        f"{seen / 1e6:.1f}M tokens, {seconds:.0f} s"
     )
     return 0
 

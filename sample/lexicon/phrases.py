@@ -65,7 +65,8 @@ FRAMES = {  # intent.frame: the slots that make up its meaning
     "payment.amount": "amount weekday",
     "payment.order": "order method",
 }
-FACTS = {  # topic: what it is about, and its attributes with the slot of their value (yes/no where there is none)
+# topic: what it is about, and its attributes with the slot of their value (yes/no where none)
+FACTS = {
     "order": (
         "product",
         dict(
