@@ -203,6 +203,13 @@ def take(rows, count):
     return Rows(*(column and [column[i * total // count] for i in range(count)] for column in rows))
 
 
+def group_numbers(rows):
+    """Rows that belong together have one number: (N,) int64; pairs of one text_a are a group, each text its own."""
+    numbers = {}
+    keys = rows.text_a if rows.text_b else range(len(rows.text_a))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
 def fingerprint(folder, keys):
     """SHA-256 of the file of each (split, language): {file name: hexadecimal}."""
     return {path.name: sha256(path) for path in sorted(split_path(folder, *key) for key in keys)}

@@ -1,6 +1,7 @@
 """Intervals over rows and seeds, Holm's correction, verdicts."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,15 @@ def bootstrap_difference(differences, clusters, resamples=10_000, seed=0):
     smaller share of resamples on either side of 0, which inverts that interval.
     """
     differences = np.asarray(differences, dtype=float)
+    draws = resampled_means(differences, clusters, resamples, seed)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    # a mean that is 0 but for rounding counts on both sides
+    tails = [(1 + (sign * draws <= 1e-12).sum(0)) / (resamples + 1) for sign in (1, -1)]
+    return differences.mean(0), low, high, np.minimum(1, 2 * np.minimum(*tails))
+
+
+def resampled_means(differences, clusters, resamples, seed=0):
+    """Means of resampled clusters: (N, L) -> (resamples, L)."""
     count = int(clusters.max()) + 1
     sums = np.zeros((count, differences.shape[1]))
     np.add.at(sums, clusters, differences)
@@ -37,11 +47,53 @@ def bootstrap_difference(differences, clusters, resamples=10_000, seed=0):
         picked = random.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
         weights = np.bincount(picked.ravel(), minlength=n * count).reshape(n, count).astype(float)
         draws.append(weights @ sums / (weights @ sizes)[:, None])
-    draws = np.concatenate(draws)  # (resamples, L)
+    return np.concatenate(draws)
+
+
+MARGIN = 0.01  # "no gain" means: better by less than this, by the same interval
+
+
+class Interval(NamedTuple):
+    """A mean difference of two systems as a fraction, its 95 % interval over rows and seeds, its two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    by_seed: list  # the difference of each seed
+
+    @property
+    def seeds(self):
+        """How many seeds the interval counts; 1: it is of the rows alone, no star and no verdict."""
+        return max(1, len(self.by_seed))
+
+
+def intervals(differences, groups, resamples=10_000):
+    """Differences (S, N, L) of paired seeds, groups (N,) of rows drawn together -> [an Interval for each column]."""
+    seeds = len(differences)
+    by_seed = differences.mean(1)  # (S, L)
+    draws = resampled_means(differences.mean(0), groups, resamples)  # (resamples, L)
+    if seeds > 1:
+        t = np.random.default_rng(1).standard_t(seeds - 1, size=draws.shape)
+        draws = draws + t * by_seed.std(0, ddof=1) / math.sqrt(seeds)
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     # a mean that is 0 but for rounding counts on both sides
     tails = [(1 + (sign * draws <= 1e-12).sum(0)) / (resamples + 1) for sign in (1, -1)]
-    return differences.mean(0), low, high, np.minimum(1, 2 * np.minimum(*tails))
+    p = np.minimum(1, 2 * np.minimum(*tails))
+    columns = zip(
+        by_seed.mean(0).tolist(), low.tolist(), high.tolist(), p.tolist(), by_seed.T.tolist()
+    )
+    return [Interval(*column) for column in columns]
+
+
+def verdict(interval, p, way):
+    """supported, not supported or undecided, from an Interval of A - B, its corrected p and what is claimed."""
+    if way == "no gain" and interval.high < MARGIN:
+        return "supported"
+    if p >= 0.05:
+        return "undecided"
+    better = interval.difference > 0
+    return "supported" if better == (way == "better") else "not supported"
 
 
 def holm(p_values):
