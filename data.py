@@ -42,11 +42,12 @@ from lib.tables import markdown_table
 
 
 class Rows(NamedTuple):
-    """One split in one language: N texts, or pairs of texts, and N class indices (None without labels, -1 unknown)."""
+    """One split in one language: N texts, or pairs of texts, each list of N."""
 
     text_a: list
-    text_b: list | None
-    labels: list | None
+    text_b: list | None = None  # the second texts of pairs
+    labels: list | None = None  # class indices, -1 unknown
+    groups: list | None = None  # names; rows that belong together have one
 
 
 class Encoded(NamedTuple):
@@ -111,9 +112,8 @@ def read_table(path, labels=None, unknown=False):
         -1 if unknown and not label else label_index(label, labels, f"{path}, line {number}")
         for number, label in enumerate(columns.get("label", []), 2)
     ]
-    return Rows(
-        columns[texts[0]], columns[texts[1]] if len(texts) == 2 else None, classes or None
-    ), columns
+    text_b = columns[texts[1]] if len(texts) == 2 else None
+    return Rows(columns[texts[0]], text_b, classes or None, columns.get("group")), columns
 
 
 def write_table(path, columns):
@@ -169,7 +169,8 @@ def read_split(folder, split, language, labels):
     rows, columns = read_table(path, labels)
     if rows.labels is None:
         raise UserError(f"{path}, line 1: no label column")
-    if more := [name for name in columns if name not in ("text", "text_a", "text_b", "label")]:
+    known = ("text", "text_a", "text_b", "label", "group")
+    if more := [name for name in columns if name not in known]:
         say_once(f"note: {path}: columns that are not read: {' '.join(more)}")
     return rows
 
@@ -204,10 +205,17 @@ def take(rows, count):
 
 
 def group_numbers(rows):
-    """Rows that belong together have one number: (N,) int64; pairs of one text_a are a group, each text its own."""
-    numbers = {}
-    keys = rows.text_a if rows.text_b else range(len(rows.text_a))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    """Number the groups of Rows in order of appearance: (N,) int64.
+
+    A group is what the column says, else the pairs with one first text; without either each row is its own.
+    """
+    names = rows.groups
+    if names is None and rows.text_b is not None:
+        names = rows.text_a
+    if names is None:
+        return np.arange(len(rows.text_a))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
 
 
 def fingerprint(folder, keys):
@@ -399,6 +407,7 @@ def check(folder, model=None, max_length=128):
             [
                 f"{split}.{language}",
                 f"{len(texts):,}",
+                f"{group_numbers(rows).max() + 1:,}",
                 f"{share.min():.1%}",
                 f"{share.max():.1%}",
                 f"{len(texts) - len(set(texts)):,}",
@@ -421,13 +430,13 @@ def check(folder, model=None, max_length=128):
     print(f"{folder}: {len(labels)} labels: {' '.join(labels[:8])}{' ...' * (len(labels) > 8)}\n")
     print(
         markdown_table(
-            ["file", "rows", "smallest", "largest", "twice", "in train"]
+            ["file", "rows", "groups", "smallest", "largest", "twice", "in train"]
             + ["tokens", "unknown", "cut"] * bool(model),
             table,
         )
     )
     print(
-        "\nsmallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
+        "\ngroups: of rows that belong together; smallest, largest: the class with the fewest and the most rows; twice: rows that are there again;\n"
         "in train: rows whose text is in a train file too"
         + f"; cut: longer than {max_length} tokens"
         * bool(model)

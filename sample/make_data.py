@@ -1,18 +1,21 @@
-"""Writes the sample data: short customer messages in seven languages, made from the hand-written lexicons.
+"""Writes the sample data: short customer messages in seven languages, from hand-written lexicons.
 
     python sample/make_data.py --out sample --seed 0
 
-Reads   sample/lexicon/LANG.txt, one file a language; to add a language, copy one and list it in LANGUAGES.
+Reads   sample/lexicon/LANG.txt, one a language; to add one, copy a file and list it in LANGUAGES.
 Writes  OUT/intents/    4 intents, train.en (imbalanced), dev and test in all languages
         OUT/intents14/  the same with 14 intents, roughly balanced
         OUT/nli/        sentence pairs: entailment, neutral, contradiction
-        OUT/parallel/   train.LANG in all languages, the text to pretrain a small multilingual BERT on
-Each folder has labels.txt, {train,dev,test}.LANG.tsv and sources.json. Row i means the same in every language; which
-phrasing, greeting and spelling a language uses is its own draw. Same seed, same bytes, on every machine.
+        OUT/parallel/   train.LANG in all languages, to pretrain a small multilingual BERT on
+Each folder has labels.txt, {train,dev,test}.LANG.tsv and sources.json. The column `group` has what
+rows have in common: an intent's frame; for pairs, the block of twelve that share their sentences.
+Row i means the same in every language; which phrasing, greeting and spelling a language uses is its
+own draw. Same seed, same bytes, on every machine.
 
-A row starts as a meaning: a frame such as cancel.product and a value for each of its slots. Meanings, not sentences, are
-dealt out to train, dev and test (`split_of`, `deal`), so that a combination held out is held out in every language.
-The lexicons' format, and what there is to say, are explained in sample/lexicon/phrases.py.
+A row starts as a meaning: a frame such as cancel.product and a value for each of its slots.
+Meanings, not sentences, are dealt out to train, dev and test (`split_of`, `deal`), so that a
+combination held out is held out in every language. The lexicons' format, and what there is to say,
+are explained in sample/lexicon/phrases.py.
 """
 
 import argparse
@@ -39,7 +42,7 @@ SPLITS = {"train": 0.60, "dev": 0.14, "test": 0.26}  # shares of the meanings
 
 
 def split_of(intent, meaning, seed):
-    """The split that a combination of slot values belongs to, for all of an intent's frames and all languages."""
+    """The split of a combination of slot values, for all frames of an intent and all languages."""
     draw = random.Random(f"{seed} {intent} {sorted(meaning.items())}").random()
     return (
         "train"
@@ -55,7 +58,7 @@ def deal(topic, lexicon, seed):
     entity_slot, attributes = FACTS[topic]
     entities, facts = values(entity_slot, lexicon), {}
     for kind in dict.fromkeys(slot or attribute for attribute, slot in attributes.items()):
-        # attributes with the same kind of value share their deal, so that no (entity, value) is in two splits
+        # attributes with one kind of value share their deal: no (entity, value) is in two splits
         names = [attribute for attribute, slot in attributes.items() if (slot or attribute) == kind]
         yes_no = attributes[names[0]] is None
         for group in [entities] if yes_no else [[entity] for entity in entities]:
@@ -89,7 +92,7 @@ def draw_meaning(frame, split, lexicon, rng, seed):
 
 
 def draw_facts(topic, split, dealt, rng):
-    """-> (entity, {attribute: [value, ...]}) of a random entity, with at least two attributes to talk about."""
+    """-> (entity, {attribute: [value, ...]}) of a random entity with at least two attributes."""
     entities = [
         entity
         for part, entity in dealt[topic]
@@ -106,7 +109,10 @@ def fact(topic, entity, attribute, value, me):
 
 
 def intent_rows(name, split, counts, languages, lexicons, seed):
-    """{label: count} -> [({language: text}, label), ...], shuffled; no two rows say the same in any language."""
+    """{label: count} -> [({language: text}, label, frame), ...], shuffled.
+
+    No two rows say the same in any language.
+    """
     rng, rows, seen = random.Random(f"{seed} {name} {split}"), [], set()
     for label, count in counts.items():
         frames = [frame for frame in FRAMES if frame.split(".")[0] == label]
@@ -123,13 +129,13 @@ def intent_rows(name, split, counts, languages, lexicons, seed):
             keys = {(language, normal(text)) for language, text in texts.items()}
             if not keys & seen:
                 seen |= keys
-                rows.append((texts, label))
+                rows.append((texts, label, frame))
     rng.shuffle(rows)
     return rows
 
 
 def statement_rows(count, lexicons, dealt, seed):
-    """Rows that state one or two facts of the train split, in all languages; the label is the topic."""
+    """Rows that state one or two facts of the train split; the label is the topic."""
     rng, rows, seen = random.Random(f"{seed} statements"), [], set()
     while len(rows) < count:
         topic, me = rng.choice(list(FACTS)), rng.choice("mf")
@@ -150,8 +156,10 @@ def statement_rows(count, lexicons, dealt, seed):
 
 
 def nli_rows(split, count, languages, lexicons, dealt, seed):
-    """Pairs in blocks of 12: four facts of one thing (two values each of attributes A and B), each a premise once with
-    each label and a hypothesis once with each label. So neither sentence alone says anything about the label.
+    """Pairs in blocks of 12: four facts of one thing (two values each of attributes A and B).
+
+    Each is a premise once with each label and a hypothesis once with each label, so that neither
+    sentence alone says anything about the label.
 
         premise      A=1    A=2    B=1    B=2
         hypothesis   A=1    A=2    B=1    B=2    entailment
@@ -209,24 +217,27 @@ def nli_rows(split, count, languages, lexicons, dealt, seed):
         if len(keys) == 12 * len(languages) and not keys & seen:
             seen |= keys
             labels = [label for label in partners for _ in range(4)]
-            rows += [
-                ({language: "\t".join(pairs[i]) for language, pairs in block.items()}, labels[i])
-                for i in range(12)
-            ]
+            name = f"block {len(rows) // 12}"
+            for i, label in enumerate(labels):
+                texts = {language: "\t".join(pairs[i]) for language, pairs in block.items()}
+                rows.append((texts, label, name))
     rng.shuffle(rows)
     return rows
 
 
 def write_set(folder, labels, splits, seed):
-    """{split: rows} -> labels.txt, SPLIT.LANG.tsv and sources.json, each written beside its place and moved there."""
+    """{split: rows of (texts, label) or (texts, label, group)} -> a data set folder.
+
+    Each file is written beside its place and moved there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files, sources = {"labels.txt": "".join(label + "\n" for label in labels)}, {}
     for split, rows in splits.items():
         for language in rows[0][0]:
-            header = "text_a\ttext_b" if "\t" in rows[0][0][language] else "text"
-            files[f"{split}.{language}.tsv"] = f"{header}\tlabel\n" + "".join(
-                f"{texts[language]}\t{label}\n" for texts, label in rows
-            )
+            header = ["text_a", "text_b"] if "\t" in rows[0][0][language] else ["text"]
+            header += ["label", "group"][: len(rows[0]) - 1]
+            lines = [header] + [[texts[language], *cells] for texts, *cells in rows]
+            files[f"{split}.{language}.tsv"] = "".join("\t".join(line) + "\n" for line in lines)
             sources[f"{split}.{language}.tsv"] = {
                 "source": "sample/make_data.py",
                 "seed": seed,
@@ -303,6 +314,7 @@ def make(out, seed):
         seed,
     )
     parallel = rows("parallel", "train", dict.fromkeys(INTENTS14, 350), LANGUAGES)
+    parallel = [row[:2] for row in parallel]
     parallel += statement_rows(8000 - len(parallel), lexicons, dealt, seed)
     random.Random(f"{seed} parallel").shuffle(parallel)
     write_set(out / "parallel", INTENTS14 + list(FACTS), {"train": parallel}, seed)

@@ -1218,11 +1218,30 @@ def test_check_counts_rows_balance_repeats_and_overlap(odd_folder, script):
         status == 0 and out.startswith(f"{odd_folder}: 2 labels: no yes\n") and "warning" not in out
     )
     assert cells(out) == {
-        "train.en": ["5", "20.0%", "80.0%", "2"],
-        "dev.en": ["3", "33.3%", "66.7%", "0", "2"],
-        "dev.de": ["3", "33.3%", "66.7%", "0", "0"],
-        "test.en": ["2", "0.0%", "100.0%", "0", "0"],
+        "train.en": ["5", "5", "20.0%", "80.0%", "2"],
+        "dev.en": ["3", "3", "33.3%", "66.7%", "0", "2"],
+        "dev.de": ["3", "3", "33.3%", "66.7%", "0", "0"],
+        "test.en": ["2", "2", "0.0%", "100.0%", "0", "0"],
     }
+
+
+def test_groups_come_from_the_column_else_from_first_texts(tmp_path, script):
+    (tmp_path / "labels.txt").write_text("no\nyes\n")
+    write_tsv(
+        tmp_path / "dev.en.tsv",
+        [(t, "g" + t[0], "no") for t in ("b1", "a2", "b3", "c4")],
+        "text\tgroup\tlabel",
+    )
+    rows = data.read_split(tmp_path, "dev", "en", ["no", "yes"])
+    assert rows.groups == ["gb", "ga", "gb", "gc"]
+    assert data.group_numbers(rows).tolist() == [0, 1, 0, 2]
+    assert data.take(rows, 2).groups == ["gb", "gb"]
+    assert data.group_numbers(rows._replace(text_b=["x"] * 4)).tolist() == [0, 1, 0, 2]
+    assert data.group_numbers(data.Rows(list("baab"), list("wxyz"))).tolist() == [0, 1, 1, 0]
+    assert data.group_numbers(data.Rows(list("baab"))).tolist() == [0, 1, 2, 3]
+    assert data.group_numbers(rows).dtype == np.int64
+    status, out, err = script("data", "check", tmp_path)
+    assert status == 0 and err == "" and cells(out)["dev.en"][:2] == ["4", "3"]
 
 
 def test_check_counts_unknown_tokens_and_cut_rows(odd_folder, script, model_folder):
@@ -1253,8 +1272,8 @@ def test_check_counts_pairs_as_pairs(tmp_path, script):
     status, out, _ = script("data", "check", tmp_path)
     assert status == 0
     assert cells(out) == {
-        "train.en": ["3", "33.3%", "66.7%", "1"],
-        "test.en": ["2", "50.0%", "50.0%", "0", "1"],
+        "train.en": ["3", "1", "33.3%", "66.7%", "1"],
+        "test.en": ["2", "2", "50.0%", "50.0%", "0", "1"],
     }
 
 

@@ -26,16 +26,17 @@ import make_data  # noqa: E402
 
 
 def read(path):
-    """A .tsv file -> its rows as lists of fields, without the header."""
+    """A .tsv file -> its rows as lists of fields, without the header and without the column of groups."""
     lines = path.read_bytes().decode("utf-8").split("\n")
     assert lines[-1] == "" and "\r" not in "".join(lines)
-    assert lines[0] in ("text\tlabel", "text_a\ttext_b\tlabel")
+    header = lines[0].removesuffix("\tgroup")
+    assert header in ("text\tlabel", "text_a\ttext_b\tlabel")
     rows = [line.split("\t") for line in lines[1:-1]]
     assert all(
         len(row) == lines[0].count("\t") + 1 and all(field.strip() == field != "" for field in row)
         for row in rows
     )
-    return rows
+    return [row[: header.count("\t") + 1] for row in rows]
 
 
 def normal(text):
@@ -103,6 +104,25 @@ def test_files_rows_labels_and_sources(made, data, name):
             assert [row[-1] for row in rows] == [row[-1] for row in data[name, split, "en"]], (
                 "not row-parallel"
             )
+
+
+def test_groups_are_frames_and_blocks_that_share_their_sentences(made, data):
+    """One label a frame, the same in every language; no sentence of a pair is in two blocks of twelve."""
+    for (name, split, language), rows in data.items():
+        lines = (made / name / f"{split}.{language}.tsv").read_text(encoding="utf-8").split("\n")
+        if name == "parallel":
+            assert lines[0] == "text\tlabel"
+            continue
+        groups = [line.split("\t")[-1] for line in lines[1:-1]]
+        english = (made / name / f"{split}.en.tsv").read_text(encoding="utf-8").split("\n")
+        assert groups == [line.split("\t")[-1] for line in english[1:-1]]
+        if name == "nli":
+            assert set(Counter(groups).values()) == {12}
+            of_text = {(text, group) for row, group in zip(rows, groups) for text in row[:2]}
+            assert len(of_text) <= len(rows) * 2 / 3
+        else:
+            assert all(group.split(".")[0] == row[-1] for row, group in zip(rows, groups))
+            assert len(set(groups)) == {"intents": 15, "intents14": 45}[name]
 
 
 def test_class_shares(data):
