@@ -1,31 +1,34 @@
-"""The model: a multilingual encoder cut at a layer, pooling, the classifier, freezing; loading, saving, predicting.
+"""The paper's model: pooled hidden states of chosen layers and a classifier over them; freezing;
+saving, loading, predicting.
 
-Read by the scripts, run by none. Paper: section 1.4 and Figure 4.
+Read by the scripts, run by none. Paper: sections 1.4 and 1.6, Figure 4.
 
-Letters in comments:  B batch  T tokens  D hidden size  L layers  N rows  M models  S seeds  C classes
-Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block k, counted from 1, so that
-`hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its 0 is padding.
+Letters in comments: B batch, T tokens, D hidden size, L layers, N rows, M models, S seeds,
+C classes. Layers are numbered alike everywhere: 0 is the embedding output, k is the output of block
+k, counted from 1, so that `hidden_states[k]` of transformers is layer k. A mask's 1 is a token, its
+0 padding.
 """
 
 import os
 import shutil
-import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from lib.devices import autocast, to_device
-from lib.encoders import blocks, check_layers, drop_pooler, hidden_states, load_encoder, whole_state
-from lib.folders import read_json, write_json
-from lib.messages import UserError, first_line
+from lib.encoders import blocks, drop_pooler, hidden_states, load_encoder, whole_state
+from lib.folders import hidden_beside, read_json, write_json
+from lib.messages import UserError, progress_bar
 
-# --- pooling: a new one is a line here, and all scripts have it --------------------------------------------------
+# --- pooling: a new one is a line here, and all scripts have it -----------------------------------
 
-# (B, T, D) float32 states, (B, T, 1) bool mask of the tokens, [CLS] and [SEP] included, padding on the right -> (B, D)
+# (B, T, D) float32 states, (B, T, 1) bool mask of the tokens, [CLS] and [SEP] included, padding on
+# the right -> (B, D)
 POOLINGS = {
     "max": lambda states, tokens: states.masked_fill(~tokens, -torch.inf).amax(dim=1),
     "mean": lambda states, tokens: states.masked_fill(~tokens, 0).sum(dim=1) / tokens.sum(dim=1),
@@ -38,202 +41,161 @@ def pool(states, mask, pooling):
     return POOLINGS[pooling](states.float(), mask.bool()[:, :, None])
 
 
-# --- the encoder, its layers, and freezing -----------------------------------------------------------------------
+# --- the classifier -------------------------------------------------------------------------------
 
 
-def freeze_layers(encoder, layers, readers):
-    """Stop training exactly these layers (paper section 1.6): requires_grad off and the gradient gone.
+class Settings(NamedTuple):
+    """All that a classifier is made of beside its weights, and all that labelling a text needs."""
 
-    readers: of parameter_layers(). A parameter is frozen when every layer that reads it is. Dropout stays on, as in the
-    paper. Returns the parameters frozen now.
-    """
-    frozen = [
-        parameter
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad
-        and name in readers
-        and set(range(readers[name][0], readers[name][1] + 1)) <= set(layers)
-    ]
-    for parameter in frozen:
-        parameter.requires_grad, parameter.grad = False, None
-    return frozen
-
-
-# --- token ids and the table of word embeddings ------------------------------------------------------------------
-
-
-# --- the classifier ----------------------------------------------------------------------------------------------
+    labels: list  # C names, in class-index order
+    head: str = "layers"  # or "pooler", BERT's own
+    layers: list = (6, 8, 11)  # those that are pooled
+    pooling: str = "max"  # of POOLINGS
+    combine: str = "concat"  # or "mix", a weighted sum
+    dropout: float = 0.1  # on the classifier's input
+    hidden: int = 0  # units of a hidden layer, 0: none
+    pairs: bool = False  # whether it reads pairs of texts
+    max_length: int = 128  # tokens
+    precision: str = "auto"  # of matrix products
 
 
 class Classifier(nn.Module):
     """An encoder with a classifier on top.
 
-    head "layers": the pooled states of the chosen layers, concatenated -> dropout -> linear (the paper's model);
-                   with `hidden` > 0 a ReLU layer of that size and a second dropout stand between (its conclusion 8);
-                   with combine "mix" their sum with learned softmax weights in the place of the concatenation.
-    head "pooler": [CLS] of the last layer -> the pretrained dense + tanh -> dropout -> linear (BERT's own head).
-    `pairs` says whether it was trained on pairs of texts.
+    head "layers": the pooled states of the chosen layers, concatenated -> dropout -> linear (the
+                   paper's model); with `hidden` a ReLU layer of that size and a second dropout
+                   stand between (its conclusion 8); with combine "mix" their sum with learned
+                   softmax weights in the place of the concatenation.
+    head "pooler": [CLS] of the last layer -> the pretrained dense + tanh -> dropout -> linear
+                   (BERT's own head).
     """
 
-    def __init__(
-        self,
-        encoder,
-        labels,
-        head="layers",
-        layers=(6, 8, 11),
-        pooling="max",
-        combine="concat",
-        dropout=0.1,
-        hidden=0,
-        pairs=False,
-    ):
+    def __init__(self, encoder, settings):
         super().__init__()
-        self.encoder, self.labels, self.head, self.pairs = encoder, list(labels), head, pairs
-        self.layers, self.pooling, self.combine = list(layers), pooling, combine
-        self.dropout, self.hidden, size = dropout, hidden, encoder.config.hidden_size
-        if head == "pooler":
-            self.layers, self.pooling, features = [len(blocks(encoder))], "cls", size
-            self.dense = (
-                None if getattr(encoder, "pooler", None) is not None else nn.Linear(size, size)
-            )
-        elif combine == "mix":
-            self.mix, features = (
-                nn.Parameter(torch.zeros(len(self.layers))),
-                size,
-            )  # begins as the plain mean
+        size = encoder.config.hidden_size
+        features = size
+        self.dense = None
+        if settings.head == "pooler":
+            settings = settings._replace(layers=[len(blocks(encoder))], pooling="cls")
+            if getattr(encoder, "pooler", None) is None:
+                self.dense = nn.Linear(size, size)
+        elif settings.combine == "mix":
+            self.mix = nn.Parameter(torch.zeros(len(settings.layers)))  # begins as the plain mean
         else:
-            features = size * len(self.layers)
-        parts = [nn.Dropout(dropout)]
-        if hidden:
-            parts += [nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout)]
-        self.classifier = nn.Sequential(*parts, nn.Linear(hidden or features, len(self.labels)))
+            features = size * len(settings.layers)
+        parts = [nn.Dropout(settings.dropout)]
+        if settings.hidden:
+            parts += [nn.Linear(features, settings.hidden), nn.ReLU(), nn.Dropout(settings.dropout)]
+            features = settings.hidden
+        self.classifier = nn.Sequential(*parts, nn.Linear(features, len(settings.labels)))
+        self.encoder, self.settings = encoder, settings
 
     def forward(self, batch):
         """input_ids, attention_mask, token_type_ids (B, T) -> logits (B, C)."""
         states, output = hidden_states(self.encoder, batch)
-        if self.head == "layers":
-            pooled = [pool(states[k], batch["attention_mask"], self.pooling) for k in self.layers]
-            features = (
-                torch.cat(pooled, dim=1)
-                if self.combine == "concat"
-                else (torch.stack(pooled, dim=2) * self.mix.softmax(0)).sum(2)
-            )  # (B, D, L) -> (B, D)
+        if self.settings.head == "layers":
+            features = self.pooled(states, batch["attention_mask"])
         elif self.dense is None:
             features = output.pooler_output
         else:
             features = torch.tanh(self.dense(states[-1][:, 0]))
         return self.classifier(features)  # (B, C)
 
+    def pooled(self, states, mask):
+        """The chosen layers, pooled: side by side (B, L * D), or their weighted sum (B, D)."""
+        pooled = [pool(states[k], mask, self.settings.pooling) for k in self.settings.layers]
+        if self.settings.combine == "concat":
+            return torch.cat(pooled, dim=1)
+        return (torch.stack(pooled, dim=2) * self.mix.softmax(0)).sum(2)  # (B, D, L) -> (B, D)
 
-# --- loading and saving ------------------------------------------------------------------------------------------
+
+# --- freezing -------------------------------------------------------------------------------------
+
+
+def freeze_layers(encoder, layers, readers):
+    """Stop training exactly these layers (paper section 1.6): requires_grad off, the gradient gone.
+
+    readers: of encoders.parameter_layers(), {name: (first, last layer that reads it)}. A parameter
+    is frozen when every layer that reads it is. Dropout stays on, as in the paper. Returns the
+    parameters frozen now.
+    """
+    frozen = []
+    for name, parameter in encoder.named_parameters():
+        if name not in readers or not parameter.requires_grad:
+            continue
+        first, last = readers[name]
+        if all(layer in layers for layer in range(first, last + 1)):
+            parameter.requires_grad = False
+            parameter.grad = None
+            frozen.append(parameter)
+    return frozen
+
+
+# --- saving and loading ---------------------------------------------------------------------------
 
 
 def save_model(model, tokenizer, folder):
-    """Write a Classifier to a folder, whole or not at all: transformers' own files beside classifier.*."""
+    """Write a Classifier, whole or not at all: transformers' own files beside classifier.*."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    beside, old = hidden_beside(folder), hidden_beside(folder)
+    beside.mkdir()
     try:
         model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder))
         tokenizer.save_pretrained(beside)
-        own = {
-            key: weight.contiguous()
-            for key, weight in model.state_dict().items()
-            if not key.startswith("encoder.")
-        }
-        save_file(own, beside / "classifier.safetensors")
-        write_json(
-            beside / "classifier.json",
-            {
-                key: getattr(model, key)
-                for key in (
-                    "head",
-                    "layers",
-                    "pooling",
-                    "combine",
-                    "dropout",
-                    "hidden",
-                    "labels",
-                    "pairs",
-                )
-            },
-        )
-        os.chmod(beside, 0o755)
-        old = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():  # out of the way, and gone once the new one is there
+        weights = {}
+        for name, weight in model.state_dict().items():
+            if not name.startswith("encoder."):
+                weights[name] = weight.contiguous()
+        save_file(weights, beside / "classifier.safetensors")
+        write_json(beside / "classifier.json", model.settings._asdict())
+        mode = (beside / "classifier.json").stat().st_mode
+        for path in beside.glob("*.safetensors"):  # which the library makes private
+            with suppress(OSError):  # some file systems have no modes
+                os.chmod(path, mode)
+        if folder.exists():  # out of the way, and gone once the new one is in its place
             os.replace(folder, old)
         os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(folder):
-    """Read a folder of save_model(): a Classifier. UserError when it is broken."""
-    settings = read_json(
-        Path(folder) / "classifier.json",
-        "train.py",
-        {
-            "head": str,
-            "layers": [int],
-            "pooling": str,
-            "combine": str,
-            "hidden": int,
-            "labels": [str],
-            "pairs": bool,
-        },
-    )
+    """Read a folder of save_model(): a Classifier. UserError when a part is missing."""
+    folder = Path(folder)
+    written = read_json(folder / "classifier.json", "train.py", Settings._fields)
+    settings = Settings(**{key: written[key] for key in Settings._fields})
     encoder, pretrained_pooler = load_encoder(folder)
-    if settings["head"] == "layers":
+    if settings.head == "layers":
         drop_pooler(encoder)
     elif getattr(encoder, "pooler", None) is not None and not pretrained_pooler:
-        raise UserError(
-            f"{folder}: model.safetensors lacks the pooler that the head {settings['head']!r} reads"
-        )
-    try:
-        if (
-            settings["head"] not in ("layers", "pooler")
-            or settings["pooling"] not in POOLINGS
-            or settings["combine"] not in ("concat", "mix")
-        ):
-            raise UserError(
-                f"head {settings['head']!r}, pooling {settings['pooling']!r} or combine "
-                f"{settings['combine']!r}: unknown"
-            )
-        check_layers(settings["layers"], len(blocks(encoder)), "layers")
-        model = Classifier(encoder, **settings)
-        missing, unexpected = model.load_state_dict(
-            load_file(Path(folder) / "classifier.safetensors"), strict=False
-        )
-        if wrong := unexpected + [key for key in missing if not key.startswith("encoder.")]:
-            raise UserError(f"{wrong[0]} is on one side alone")
-    except Exception as error:
-        raise UserError(
-            f"{folder}: classifier.json and classifier.safetensors do not fit ({first_line(error)})"
-        ) from None
+        raise UserError(f"{folder}: model.safetensors lacks the pooler that its head reads")
+    model = Classifier(encoder, settings)
+    weights = load_file(folder / "classifier.safetensors")
+    model.load_state_dict(
+        weights | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    )
     return model
 
 
-# --- prediction --------------------------------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def predict(model, batches, count, dtype, desc=None):
-    """Logits of `count` rows: (N, C) float32 NumPy, in the rows' own order. Leaves the model in eval mode.
+    """Logits of `count` rows: (N, C) float32 NumPy, in the rows' own order; the model in eval mode.
 
-    batches: of data.eval_batches(), this process's share; all processes return all rows. UserError for logits that are
-    not finite.
+    batches: of data.eval_batches(), this process's share; all processes return all rows. `desc`:
+    what the progress bar says, None for no bar. UserError for logits that are not finite.
     """
     model.eval()
     device = next(model.parameters()).device
-    logits = torch.zeros(count, len(model.labels), device=device)
-    with (
-        autocast(device, dtype),
-        tqdm(total=count, unit="row", desc=desc, leave=False, disable=not desc or None) as bar,
-    ):
-        for batch in batches:  # autocast around the loop: the weights are cast once
+    logits = torch.zeros(count, len(model.settings.labels), device=device)
+    bar = progress_bar(total=count, unit="row", desc=desc, leave=False, disable=desc is None)
+    with autocast(device, dtype), bar:  # around the loop: the weights are cast once
+        for batch in batches:
             batch = to_device(batch, device)
             logits[batch["rows"]] = model(batch).float()
             bar.update(len(batch["rows"]))
@@ -241,6 +203,7 @@ def predict(model, batches, count, dtype, desc=None):
         dist.all_reduce(logits)
     if not logits.isfinite().all():
         raise UserError(
-            f"{desc or 'prediction'}: the model gives logits that are not finite; try --precision fp32"
+            f"{desc or 'prediction'}: the model gives logits that are not finite; try "
+            "--precision fp32"
         )
     return logits.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Device, precision, and the processes of torchrun."""
+"""The device, the precision of matrix products, and the processes of torchrun."""
 
 import os
 from datetime import timedelta
@@ -11,13 +11,16 @@ from lib.messages import UserError
 
 def pick_device():
     """The GPU of this process where there is one, else the CPU."""
-    return torch.device(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
+    if torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device("cpu")
 
 
 def pick_precision(name, device):
-    """The dtype of matrix products: "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32."""
+    """The dtype of matrix products.
+
+    "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32.
+    """
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
@@ -36,16 +39,17 @@ def to_device(batch, device):
     """A batch of data.collate() as tensors on `device`, copied while the device computes."""
     tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
     if device.type == "cuda":
-        tensors = {
-            key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()
-        }
+        for key, value in tensors.items():
+            tensors[key] = value.pin_memory().to(device, non_blocking=True)
     return tensors
 
 
 def start_processes():
-    """Join the processes of torchrun, when there are several. Returns (rank, how many there are)."""
+    """Join the processes of torchrun, when there are several. Returns (rank, how many)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if world == 1:
+        return 0, 1
+    if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise UserError(
                 f"WORLD_SIZE is {world} and RANK is not set: start with torchrun, or unset it"
@@ -53,18 +57,18 @@ def start_processes():
         if torch.cuda.is_available():
             if pick_device().index >= torch.cuda.device_count():
                 raise UserError(
-                    f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}: "
-                    "lower --nproc-per-node"
+                    "torchrun started more processes than there are GPUs, "
+                    f"{torch.cuda.device_count()}: lower --nproc-per-node"
                 )
             torch.cuda.set_device(pick_device())
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7)
-        )  # one may evaluate or search while the others wait
-    return (dist.get_rank(), world) if world > 1 else (0, 1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # one process may evaluate or search for long while the others wait
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return dist.get_rank(), world
 
 
-def agree(value=0):
-    """The first process's `value`, a number, in every process of torchrun; all wait for each other here."""
+def broadcast(value=0):
+    """The first process's `value`, a number, in every process; all wait for each other here."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor(float(value), device=pick_device())

@@ -1,4 +1,5 @@
-"""Files written whole or not at all, JSON, arrays, hashes; the output folders of long jobs; reading a run and a grid."""
+"""Files written whole or not at all, JSON, arrays, hashes; the output folders of long jobs; reading
+a run and a grid."""
 
 import contextlib
 import csv
@@ -6,35 +7,49 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from lib.messages import UserError, first_line
+from lib.messages import UserError, say_once
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode="w"):
-    """Open a file beside `path` that takes its place when the block ends without an error."""
+    """Open a file beside `path` that takes its place when the block ends without an error.
+
+    It gets the permissions of any new file. A device or a pipe is written to as it is; of a link,
+    what it points to is replaced.
+    """
     path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if path.exists() and not path.is_file():
+        with open(path, mode, **text) as file:
+            yield file
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    beside = hidden_beside(path)
     try:
-        with open(
-            handle, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})
-        ) as file:
+        with open(beside, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+
+
+def hidden_beside(path):
+    """A new name beside a file or folder; start_folder() removes what a killed process leaves."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_json(path, value):
@@ -42,35 +57,15 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def fits(value, form):
-    """Whether a JSON value has a form: a type; [form], a list of such; {key: form}, or {str: form} for any keys."""
-    if isinstance(form, list):
-        return isinstance(value, list) and all(fits(entry, form[0]) for entry in value)
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(
-            fits(entry, part)
-            for key, part in form.items()
-            for entry in (value.values() if key is str else [value.get(key)])
-        )
-    return type(value) is form
-
-
-def read_json(path, script, form):
-    """The object in a JSON file that `script` writes, of a {key: form} of fits(). UserError when it is another."""
+def read_json(path, script, keys=()):
+    """The object in a JSON file of `script`. UserError where it is missing or lacks a key."""
     try:
-        value = json.loads(Path(path).read_bytes())
-        json.dumps(
-            value, ensure_ascii=False
-        ).encode()  # half of a surrogate pair cannot be written again
-        wrong = next(iter(key for key in form if not fits(value, {key: form[key]})), None)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        wrong = error
-    if wrong is not None or not isinstance(value, dict):
-        raise UserError(
-            f"{path}: not what {script} writes ({wrong}): delete it, or --overwrite"
-        ) from None
+        raise UserError(f"{path} does not exist: it is made by {script}") from None
+    for key in keys:
+        if key not in value:
+            raise UserError(f"{path} lacks {key!r}: not made by this version of {script}?")
     return value
 
 
@@ -81,95 +76,119 @@ def sha256(path):
 
 
 def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
-    """A .npy file of that shape and NumPy kind, memory-mapped. UserError when it is missing, cut short or another."""
+    """A .npy file of that shape and NumPy kind, memory-mapped.
+
+    UserError, which ends with `remedy`, where it is missing, cut short or another.
+    """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         if mode != "r":  # which alone would fill up a short file
             array = np.lib.format.open_memmap(path, mode)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
-    except Exception as error:  # NumPy raises a dozen different ones
-        raise UserError(f"{path} is damaged or cut short ({first_line(error)}): {remedy}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is cut short or no array ({error}): {remedy}") from None
     if array.shape != shape or array.dtype.kind != kind:
         raise UserError(
-            f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} "
-            f"of {'integers' if kind == 'i' else 'floats'}: {remedy}"
+            f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} and kind "
+            f"{kind!r}: {remedy}"
         )
     return array
 
 
+# --- output folders of long jobs ------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def claim(folder, rank=0):
-    """Hold an output folder for this process (of several, for the first). UserError when another holds it."""
+def lock(folder, rank=0):
+    """Hold an output folder for this process (of several, for the first).
+
+    UserError when another process holds it. A file system without locks is taken as it is.
+    """
     if rank > 0:
         yield
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(f"{folder} is in use by another process") from None
+        except OSError as error:  # NFS and Lustre may have none
+            say_once(f"warning: {folder} cannot be locked ({error}): start nothing else in it")
         yield
 
 
-def differences(old, new, prefix=""):
-    """How two nested dicts differ, a phrase for each value; the empty list when they do not."""
-    phrases = []
-    for key in {**old, **new}:
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            phrases += differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            phrases.append(f"{prefix}{key} was {before!r}, is now {now!r}"[:200])
-    return phrases
+def flat(nested, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    values = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
 
 
-def start_folder(folder, name, script, description, noted, overwrite=False):
+def start_folder(folder, name, script, description, ignored, overwrite=False, defaults=None):
     """Begin, or go on with, the output folder of a long job that `description` (a dict) defines.
 
-    Writes folder/name (JSON) with "complete": false; finish_folder() turns it to true. Returns whether the job is
-    complete already. UserError names what differs when the folder is another job's; `noted` (a dict) is not compared.
+    Writes folder/name (JSON) with "complete": false; finish_folder() turns it to true. Returns
+    whether the job is complete already. UserError names what differs when the folder is another
+    job's: all but the `ignored` keys ("versions", "arguments.save_steps") is compared. A key that
+    the older job did not know yet counts as having been as in `defaults` (nested like description).
     """
-    folder, description = Path(folder), json.loads(json.dumps(description))
-    there = sorted(
-        path for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".tmp"
-    )
-    if there and folder / name not in there:
-        raise UserError(
-            f"{folder} holds {there[0].name} but no {name}, so it is none that {script} made: "
-            "give another --out, or delete it yourself"
-        )
-    if there and f'"script": "{script}"' not in (folder / name).read_text(
-        encoding="utf-8", errors="replace"
-    ):
-        raise UserError(
-            f"{folder / name} is none that {script} made: give another --out, or delete the folder "
-            "yourself"
-        )
-    for path in (
-        folder.iterdir() if overwrite else folder.rglob(".*.tmp")
-    ):  # what a killed process left half-written
+    folder = Path(folder)
+    present = []
+    for path in folder.iterdir():
+        if path.name != ".lock" and path.suffix != ".tmp":
+            present.append(path.name)
+    # a folder of anybody else is never touched
+    if present:
+        if name not in present:
+            raise UserError(
+                f"{folder} holds {min(present)} but no {name}, so it is none that {script} made: "
+                "give another --out, or delete it yourself"
+            )
+        old = read_json(folder / name, script)
+        if old.get("script") != script:
+            raise UserError(
+                f"{folder / name} is none that {script} made: give another --out, or delete the "
+                "folder yourself"
+            )
+    # what is overwritten, or what a killed process left half-written
+    for path in folder.iterdir() if overwrite else folder.rglob(".*.tmp"):
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if not overwrite and there:
-        old = read_json(folder / name, script, {"complete": bool})
-        if different := differences({key: old.get(key) for key in description}, description):
-            raise UserError(
-                f"{folder} was made with other settings: {'; '.join(different[:6])}. "
-                "Give another --out, or --overwrite to delete it and start anew"
-            )
+    if present and not overwrite:
+        before = flat(json.loads(json.dumps(defaults or {}))) | flat(old)
+        check_same(folder, before, flat(json.loads(json.dumps(description))), ignored)
         return old["complete"]
-    write_json(folder / name, {"complete": False, "script": script, **description, **noted})
+    write_json(folder / name, {"complete": False, "script": script, **description})
     return False
+
+
+def check_same(folder, before, now, ignored):
+    """UserError, with what differs, unless the job in a folder is the one that is asked for."""
+    different = []
+    for key in before | now:
+        skipped = key in ("complete", "script", *ignored) or key.split(".")[0] in ignored
+        if not skipped and before.get(key) != now.get(key):
+            different.append(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"[:200])
+    if not different:
+        return
+    advice = "Give another --out, or --overwrite to delete it and start anew"
+    if before.get("precision") != now.get("precision"):
+        flag = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before["precision"]]
+        advice = f"--precision {flag} is what it was made with. {advice}"
+    raise UserError(f"{folder} was made with other settings: {'; '.join(different[:6])}. {advice}")
 
 
 def finish_folder(folder, name):
     """Note in folder/name that the job of start_folder() is complete."""
-    write_json(
-        Path(folder) / name, {**json.loads((Path(folder) / name).read_bytes()), "complete": True}
-    )
+    path = Path(folder) / name
+    write_json(path, {**json.loads(path.read_bytes()), "complete": True})
 
 
 def versions():
@@ -181,65 +200,40 @@ def versions():
     }
 
 
+# --- what the scripts read of each other ----------------------------------------------------------
+
+
 def read_run(folder):
-    """A run's description (run.json) and the rows of its metrics.jsonl. UserError when they cannot be read."""
-    run = read_json(
-        Path(folder) / "run.json",
-        "train.py",
-        {
-            "arguments": {"max_length": int, "train_language": str, "precision": str, "seed": int},
-            "labels": [str],
-            "pairs": bool,
-            "data": {str: str},
-            "complete": bool,
-        },
-    )
+    """A run's description (run.json) and the rows of its metrics.jsonl."""
+    keys = ("arguments", "labels", "pairs", "data", "complete")
+    run = read_json(Path(folder) / "run.json", "train.py", keys)
     path = Path(folder) / "metrics.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            (
-                row["epoch"] + row["accuracy"],
-                row["split"] + row["language"],
-                list(row["frozen_layers"]),
-            )  # the checks
-        if not any(type(row["epoch"]) is int and row["split"] in ("dev", "test") for row in rows):
-            raise ValueError("no evaluation at the end of an epoch")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not what train.py writes ({error!r}): has it finished an epoch?"
-        ) from None
-    return run, rows
+    if not path.exists():
+        raise UserError(f"{folder} has no metrics.jsonl: has it finished an epoch?")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return run, [json.loads(line) for line in lines]
 
 
 def read_grid(folder):
-    """A grid folder -> {(pooling, layers, lr): {"dev_de": percent for each seed, ...}}, its columns, its best.json."""
-    best = read_json(
-        Path(folder) / "best.json", "grid_search.py", {"train_language": str, "select": str}
-    )
-    path, grid = Path(folder) / "results.csv", {}
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
-        for row in rows:
-            key = row["pooling"], tuple(map(int, row["layers"].split("+"))), float(row["lr"])
-            grid.setdefault(key, []).append([100 * float(row[column]) for column in columns])
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        csv.Error,
-    ) as error:
-        raise UserError(
-            f"{path}: not what grid_search.py writes ({error!r}): "
-            "delete it, and run the search again"
-        ) from None
-    return (
-        {key: dict(zip(columns, np.transpose(scores))) for key, scores in grid.items()},
-        columns,
-        best,
-    )
+    """A grid folder: its scores, the names of its columns, and its best.json.
+
+    The scores are {(pooling, layers, lr): {column: percent for each seed}}, columns dev_LANG and
+    test_LANG.
+    """
+    best = read_json(Path(folder) / "best.json", "grid_search.py", ("train_language", "select"))
+    path = Path(folder) / "results.csv"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run grid_search.py again")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
+    grid = {}
+    for row in rows:
+        layers = tuple(int(layer) for layer in row["layers"].split("+"))
+        scores = grid.setdefault((row["pooling"], layers, float(row["lr"])), {})
+        for column in columns:
+            scores.setdefault(column, []).append(100 * float(row[column]))
+    for scores in grid.values():
+        for column in columns:
+            scores[column] = np.array(scores[column])
+    return grid, columns, best

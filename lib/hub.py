@@ -18,9 +18,11 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from lib.folders import sha256
-from lib.messages import DISK, UserError, first_line
+from lib.messages import USERS_ERRNOS, UserError, first_line
 
-TOKENIZER_FILES = [
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_FILES = [
+    "adapter_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
@@ -35,89 +37,91 @@ TOKENIZER_FILES = [
 ]
 
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+def model_folder(name, weights=True):
+    """The folder of a model: `name` where that is one, else the hub cache's snapshot of that name.
+
+    What the cache lacks is downloaded: configuration, tokenizer and, with `weights`, safetensors,
+    all of one commit, by which the cache names the folder. UserError where it cannot be had.
+    """
+    path = Path(name)
+    if path.exists():
+        return check_folder(path)
+    beside = path.parent.name and path.parent.is_dir()
+    if len(path.parts) > 2 or str(name).startswith((".", "~")) or beside:
+        raise UserError(f"{name}: no such folder")
+    try:
+        return check_folder(download(str(name), weights))
+    except HFValidationError:
+        reason = "no such folder, and no name that a model of the hub can have"
+    except GatedRepoError:
+        reason = "gated: accept its terms on its page of the hub, then `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = (
+            "neither a folder here nor a model of the hub: check the spelling; if it is private, "
+            "`hf auth login`"
+        )
+    except LocalEntryNotFoundError:
+        reason = (
+            "not in the hub's cache, or not all of it, and the hub cannot be reached (or "
+            "HF_HUB_OFFLINE is set): run this once where it can, or give a folder"
+        )
+    except EntryNotFoundError as error:
+        reason = f"it lacks config.json or safetensors ({first_line(error)})"
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
+            raise
+        reason = f"the download broke off ({first_line(error)}): the same command goes on with it"
+    raise UserError(f"model {str(name)!r}: {reason}")
+
+
+def download(name, weights):
+    """Fetch what the cache lacks of a model of the hub; returns the snapshot's folder."""
+    fetch = functools.partial(hf_hub_download, name, tqdm_class=DownloadBar)
+    folder = Path(fetch("config.json")).parent
+    fetch = functools.partial(fetch, revision=folder.name)
+    for file in OTHER_FILES:
+        fetch_optional(name, file, folder, fetch)
+    if weights and not fetch_optional(name, WEIGHTS, folder, fetch):
+        index = json.loads(Path(fetch(WEIGHTS_INDEX)).read_bytes())
+        for file in sorted(set(index["weight_map"].values())):
+            fetch(file)
+    return folder
+
+
+def fetch_optional(name, file, folder, fetch):
+    """Fetch a file that a model may lack; returns whether it has it."""
+    if try_to_load_from_cache(name, file, revision=folder.name) is None:  # nor known to be missing
+        try:
+            fetch(file)
+        except EntryNotFoundError as error:
+            # a lost connection does not say that the model has no such file
+            if isinstance(error, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
+                raise
+    return (folder / file).exists()
 
 
 class DownloadBar(tqdm):
-    """A download's bar, in a log file too: the hub's client would show it on a terminal alone."""
+    """A download's bar, in a log file too: the hub's client shows it on a terminal alone."""
 
     def __init__(self, *args, name=None, disable=None, **settings):
         super().__init__(*args, mininterval=0.1 if sys.stderr.isatty() else 20, **settings)
 
 
-def model_folder(name, weights=True):
-    """The folder of a model: `name` where that is one, else the hub cache's snapshot of the hub's model of that name.
-
-    What the cache lacks is downloaded: configuration, tokenizer and, with `weights`, safetensors; all of one commit, by
-    which the cache names the folder. UserError where it cannot be had.
-    """
-    path = Path(name)
-    if path.exists():
-        return path
-    if (
-        len(path.parts) > 2
-        or str(name).startswith((".", "~"))
-        or path.parent.name
-        and path.parent.is_dir()
-    ):
-        raise UserError(f"{name}: no such folder")
-    download = functools.partial(hf_hub_download, str(name), tqdm_class=DownloadBar)
-    try:
-        folder = Path(download("config.json")).parent
-
-        def fetch(file, required=False):
-            """The file, of the same commit; None where the model has none."""
-            if (
-                try_to_load_from_cache(str(name), file, revision=folder.name) is None
-            ):  # not known to be missing either
-                try:
-                    download(file, revision=folder.name)
-                except EntryNotFoundError as error:
-                    if (
-                        required
-                        or isinstance(error, LocalEntryNotFoundError)
-                        and not HF_HUB_OFFLINE
-                    ):
-                        raise  # the connection was lost, which does not say that there is none
-            return folder / file if (folder / file).exists() else None
-
-        for file in TOKENIZER_FILES:
-            fetch(file)
-        if weights and fetch(WEIGHTS) is None:
-            index = fetch(WEIGHTS_INDEX, required=True)
-            for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
-                fetch(file, required=True)
-    except HFValidationError:
+def check_folder(folder):
+    """The folder of a model. UserError, which says what it holds instead, where it is none."""
+    if not (folder / "config.json").is_file():
+        inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+        advice = f"; did you mean {inner[0].parent}?" if inner else ""
+        raise UserError(f"{folder} is no model: it has no config.json{advice}")
+    if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{name}: no such folder, and no name that a model of the hub can have"
-        ) from None
-    except GatedRepoError:
-        raise UserError(
-            f"the model {name!r} is gated: accept its terms on its page of the hub, then log in with "
-            "`hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name!r} is neither a folder here nor a model of the hub: check the spelling; if it is "
-            "private, log in with `hf auth login`"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"the model {name!r} is not in the hub's cache, or not all of it, and the hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set): run this once where it can, or give a folder"
-        ) from None
-    except EntryNotFoundError as error:
-        raise UserError(
-            f"the model {name!r} of the hub lacks a file: {first_line(error)}; a config.json and safetensors "
-            "are needed"
-        ) from None
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in DISK:
-            raise
-        raise UserError(
-            f"the download of {name!r} broke off ({first_line(error)}): the same command goes on "
-            "with it"
-        ) from None
+            f"{folder} holds an adapter (adapter_config.json), which only some machines would "
+            "load: merge it first (peft's merge_and_unload) and save the whole encoder"
+        )
+    for path in [*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]:
+        with open(path, "rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a pointer of Git LFS: run `git lfs pull` in {folder}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a user is told: a mistake as one sentence, flags' types, progress."""
+"""What a user is told: a mistake as one sentence, the types of flags, progress."""
 
 import argparse
 import contextlib
@@ -8,6 +8,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,14 +17,10 @@ import transformers
 from tqdm import tqdm
 
 transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()  # loading weights takes a second
 
-
-class UserError(Exception):
-    """Something the user can put right: one sentence with file, line, value and what was expected."""
-
-
-DISK = {
+# no room, no permission, a file where a folder should be: the user's to put right
+USERS_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -32,48 +30,66 @@ DISK = {
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
-}  # no room, no permission, a file where a folder should be: the user's to put right
+}
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence with file, line, value and what to do."""
 
 
 def cli(main):
-    """Run a script's main: a UserError or a full disk is one sentence and exit status 2; a bug keeps its traceback."""
+    """Run a script's main() and exit with its status.
+
+    A UserError or a full disk is one sentence and status 2; a bug keeps its traceback.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a label that the terminal cannot print
     try:
         status = main()
-        sys.stdout.flush()  # here a closed pipe can still be met below, not at the interpreter's end
+        sys.stdout.flush()  # a closed pipe is met here, not at the interpreter's end
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os._exit(141)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK:
+        if isinstance(error, OSError) and error.errno not in USERS_ERRNOS:
             raise
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def first_line(error):
-    """An exception's first sentence, for a message of one line; with the next line when it only announces that one."""
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
-    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
+    """An exception's first line, and the next one where the first only announces it."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip()}"
+    return first[:300]
+
+
+@functools.cache
+def say_once(sentence):
+    """Print a note or a warning to standard error, however often it is met."""
+    print(sentence, file=sys.stderr)
 
 
 def in_range(kind, low=-math.inf, above=-math.inf, below=math.inf):
-    """A type for argparse: an int or a float that is `low` or more, more than `above` and less than `below`."""
-    expected = " and ".join(
-        [f"{low} or more"] * (low > -math.inf)
-        + [f"more than {above}"] * (above > -math.inf)
-        + [f"less than {below}"] * (below < math.inf)
-    )
+    """A type for argparse: an int or a float in a range."""
+    limits = []
+    if low > -math.inf:
+        limits.append(f"{low} or more")
+    if above > -math.inf:
+        limits.append(f"more than {above}")
+    if below < math.inf:
+        limits.append(f"less than {below}")
 
     def parse(text):
         value = kind(text)
-        if (
-            not (low <= value < below and value > above) and not value == math.inf == below
-        ):  # nan fits nothing
-            raise argparse.ArgumentTypeError(f"{text}, expected {expected}")
+        if not (value >= low and value > above and value < below):  # nan fits nothing
+            raise argparse.ArgumentTypeError(f"{text}, expected {' and '.join(limits)}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says it when the text is no number
@@ -85,20 +101,40 @@ def out_of_memory(advice):
     """Turn running out of memory into one sentence that ends with `advice`."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out and "can't allocate memory" not in str(error):
             raise
-        what = next(part for part in first_line(error).split(". ") if "memory" in part)
-        raise UserError(f"out of memory ({what}): {advice}") from None
+        reason = next((s for s in first_line(error).split(". ") if "memory" in s), "")
+        raise UserError(f"out of memory ({reason or first_line(error)}): {advice}") from None
 
 
 def progress_bar(**settings):
-    """A tqdm bar; where nobody watches, as in a log file, it is drawn every 20 seconds only."""
+    """A tqdm bar; in a log file, where nobody watches, it is drawn every 20 seconds only."""
     return tqdm(mininterval=0.1 if sys.stderr.isatty() else 20, **settings)
 
 
-@functools.cache
-def say_once(sentence):
-    print(sentence, file=sys.stderr)
+class StopSignal:
+    """SIGTERM and Ctrl-C as a flag, `number`, that a loop looks at between steps; 0 until then.
+
+    torchrun, Slurm and terminals send them to all processes, often twice within milliseconds: only
+    a Ctrl-C that comes a second later stops at once. In another thread than the first, where agents
+    of sweeps call main(), no signal can be caught.
+    """
+
+    def __enter__(self):
+        self.number, self.since, self.before = 0, 0.0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self.since + 1:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

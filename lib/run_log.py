@@ -1,8 +1,11 @@
-"""What a run shows: the bar, TensorBoard, metrics.jsonl."""
+"""What the first process shows of a run: the banner, the progress bar, lines on the screen,
+TensorBoard, metrics.jsonl."""
 
 import json
 import time
+from typing import NamedTuple
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -11,25 +14,34 @@ from lib.folders import write_atomic
 from lib.messages import progress_bar
 
 
+class Evaluation(NamedTuple):
+    """When an evaluation took place, and in which state of the training."""
+
+    epoch: float  # epochs done
+    step: int
+    rate: float
+    frozen: list  # layers
+    speed: float  # examples a second
+
+
 class Log:
-    """What the first process shows of a run: the progress bar, lines on the screen, TensorBoard, metrics.jsonl."""
+    """Shows a run that has done `step` of `steps` steps; the other processes' show nothing."""
 
     def __init__(self, out, step, steps):
-        self.out, self.writer = (
-            out,
-            SummaryWriter(out, purge_step=step + 1) if start_processes()[0] == 0 else None,
-        )
+        self.out = out
+        self.shows = start_processes()[0] == 0
+        self.writer = SummaryWriter(out, purge_step=step + 1) if self.shows else None
         self.bar = progress_bar(
-            total=steps, initial=step, unit="step", disable=not self.writer, smoothing=0.05
+            total=steps, initial=step, unit="step", disable=not self.shows, smoothing=0.05
         )
-        self.restart()
+        self.restart_clock()
 
     def close(self):
         self.bar.close()
         if self.writer:
             self.writer.close()
 
-    def restart(self):
+    def restart_clock(self):
         """Measure the speed from here on: not with evaluations and saves."""
         self.rows, self.clock = 0, time.perf_counter()
 
@@ -39,12 +51,14 @@ class Log:
         self.bar.update()
 
     def say(self, sentence):
-        if self.writer:
+        if self.shows:
             tqdm.write(sentence)
 
     def scalars(self, step, values):
-        for tag, value in values.items() if self.writer else ():
-            self.writer.add_scalar(tag, value, step)
+        """Numbers for TensorBoard, by tag."""
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
 
     def train(self, step, loss, accuracy, rate):
         """How training goes; returns its examples a second."""
@@ -66,26 +80,72 @@ class Log:
         return speed
 
     def evaluation(self, rows, metrics):
-        """An evaluation's rows, in all places; `metrics` are the rows so far, these too."""
-        if not self.writer:
+        """An evaluation's rows, in all places; `metrics` are all rows so far, these too."""
+        if not self.shows:
             return
-        step, frozen, shown = rows[0]["step"], rows[0]["frozen_layers"], {}
+        step, frozen = rows[0]["step"], rows[0]["frozen_layers"]
+        shown = {}
         for row in rows:
-            shown.setdefault(row["split"], []).append(
-                f"{row['language']} {100 * row['accuracy']:.1f}".strip()
-            )
-            self.scalars(
-                step,
-                {
-                    f"{kind}/{row['split']}/{row['language']}": row[kind]
-                    for kind in ("accuracy", "loss")
-                    if row["split"] != "train"
-                },
-            )
+            name = f"{row['split']}/{row['language']}"
+            if row["split"] != "train":  # which train() has shown
+                values = {f"accuracy/{name}": row["accuracy"], f"loss/{name}": row["loss"]}
+                self.scalars(step, values)
+            accuracy = f"{row['language']} {100 * row['accuracy']:.1f}"
+            shown.setdefault(row["split"], []).append(accuracy.strip())
         self.scalars(step, {"frozen layers": len(frozen)})
         self.writer.add_text("frozen layers", " ".join(map(str, frozen)) or "none", step)
         self.writer.flush()
         with write_atomic(self.out / "metrics.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in metrics)
-        shown = "  ".join(f"{split}: {' '.join(accuracies)}" for split, accuracies in shown.items())
-        self.say(f"epoch {rows[0]['epoch']:.4g}  {shown}")
+        line = "  ".join(f"{split}: {' '.join(texts)}" for split, texts in shown.items())
+        self.say(f"epoch {rows[0]['epoch']:.4g}  {line}")
+
+
+def metric_rows(scores, when):
+    """The rows of metrics.jsonl for an Evaluation; scores: {(split, language): (accuracy, loss)}."""
+    whole = when.epoch == int(when.epoch)
+    rows = []
+    for (split, language), (accuracy, loss) in scores.items():
+        rows.append(
+            {
+                "epoch": int(when.epoch) if whole else round(when.epoch, 4),
+                "step": when.step,
+                "split": split,
+                "language": language,
+                "accuracy": accuracy,
+                "loss": loss,
+                "lr": when.rate,
+                "frozen_layers": when.frozen,
+                "examples_per_second": round(when.speed, 1),
+            }
+        )
+    return rows
+
+
+def trainable(model):
+    """Number of parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def precision_line(dtype, asked, device, world):
+    """Device and precision of matrix products, with the reason."""
+    reason = "as asked"
+    if asked == "auto":
+        reason = {
+            torch.bfloat16: "the hardware has it",
+            torch.float16: "the GPU has no bf16",
+            torch.float32: "the hardware has no bf16",
+        }[dtype]
+    place = f"{world} processes on {device.type}" if world > 1 else str(device)
+    return f"{place}, {str(dtype).removeprefix('torch.')} products ({reason})"
+
+
+def data_line(model, batches, lengths):
+    """What is trained, and on how much: batches of one epoch, (N,) tokens of each row."""
+    kept, whole = len(model.encoder.kept_rows), len(model.encoder.whole_table)
+    padded = sum(len(rows) * -(-lengths[rows].max() // 8) * 8 for rows in batches)
+    return (
+        f"{kept:,} of {whole:,} word pieces are in the data; the others stay as they are\n"
+        f"{trainable(model):,} parameters to train, {len(batches):,} steps an epoch, "
+        f"{1 - lengths.sum() / padded:.1%} of the tokens are padding"
+    )

@@ -15,6 +15,11 @@ def spread(values, axis=-1):
     return np.std(values, axis, ddof=min(1, np.shape(values)[axis] - 1))
 
 
+def tied(value):
+    """A score as it is compared: rounding must not look like a difference."""
+    return round(float(value), 9)
+
+
 def best_epochs(metrics, source):
     """The best epoch by each language's dev set, by `joint` and by `test`, the means over the dev and test sets of the
     languages other than `source`: {name: epoch}, from the rows of metrics.jsonl. Ties go to the earlier epoch.
