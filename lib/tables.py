@@ -3,25 +3,9 @@
 import numpy as np
 
 from lib.scores import PROTOCOLS, columns_of, macro_f1, micro_f1, rank, spread
+from lib.significance import LEVEL, RESAMPLES
 
-
-def markdown_table(header, rows):
-    """A Markdown table whose columns are aligned as plain text too, the first to the left."""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        + " |"
-        for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-PAPER_LANGUAGES = "en zh es de ar ur".split()  # the columns of the paper's Table 1, in its order
-
+PAPER_LANGUAGES = ["en", "zh", "es", "de", "ar", "ur"]  # the columns of the paper's Table 1
 
 PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in that order
     "BERT, Translate-Train, cased": [81.9, 76.6, 77.8, 75.9, 70.7, 61.6],
@@ -30,19 +14,24 @@ PAPER_TABLE = {  # Table 1: accuracy on the XNLI test sets, percent, in that ord
     "MC-BERT-WF, Zero-Shot, uncased": [82.1, 66.6, 74.4, 71.8, 64.3, 59.0],
 }
 
-
-PUBLISHED = {  # the same sets elsewhere, zero-shot
-    "mBERT cased (Conneau et al. 2020, Table 1)": [
-        82.1,
-        69.3,
-        74.3,
-        71.1,
-        64.9,
-        58.0,
-    ],  # chosen per language on dev
+PUBLISHED = {  # the same sets elsewhere, zero-shot; the first chosen per language on dev
+    "mBERT cased (Conneau et al. 2020, Table 1)": [82.1, 69.3, 74.3, 71.1, 64.9, 58.0],
     "XLM-R base (He et al. 2021)": [85.8, 76.7, 80.7, 78.7, 73.8, 68.3],
     "mDeBERTa-v3 base (He et al. 2021)": [88.2, 79.5, 84.4, 82.7, 78.5, 72.4],
 }
+
+
+def markdown_table(header, rows):
+    """A Markdown table whose columns are aligned as plain text too, the first to the left."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for first, *others in cells:
+        aligned = [first.ljust(widths[0])]
+        aligned += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append(f"| {' | '.join(aligned)} |")
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 def paper_order(languages):
@@ -50,143 +39,160 @@ def paper_order(languages):
     return sorted(languages, key=lambda l: ([*PAPER_LANGUAGES, l].index(l), l))
 
 
+# --- accuracies of runs ---------------------------------------------------------------------------
+
+
 def report(results):
-    """results.json's content as Markdown, in percent: accuracies, protocols where there are several, differences."""
+    """results.json's content as Markdown, in percent."""
     systems, rows = results["systems"], results["rows"]
-    trained = list(dict.fromkeys(system["train_language"] or "each language" for system in systems))
-    source = trained[0] if len(trained) == 1 else "of each system"
-    meaning = {
-        p: PROTOCOLS.get(p, f"number {p}").format(source=source) for p in systems[0]["protocols"]
-    }
-    counts = (
-        f"{min(rows.values()):,} rows a language"
-        if len(set(rows.values())) == 1
-        else "rows: " + ", ".join(f"{language} {count:,}" for language, count in rows.items())
-    )
-    seeds = any(len({run["seed"] for run in system["runs"]}) > 1 for system in systems)
-    text = (
-        f"# Accuracy on {results['split']}, {results['data']}\n\nPercent; trained on {', '.join(trained)}; "
-        f"epoch: {results['epoch']} ({meaning[results['epoch']]})"
-        f"{'; ± is the standard deviation over seeds' * seeds}; {counts}.\n\n{accuracy_table(results)}\n"
-    )
+    sources = list(dict.fromkeys(system["train_language"] or "each language" for system in systems))
+    source = sources[0] if len(sources) == 1 else "of each system"
+    meaning = {}
+    for name in systems[0]["protocols"]:
+        meaning[name] = PROTOCOLS.get(name, f"number {name}").format(source=source)
+
+    # accuracies
+    text = f"# Accuracy on {results['split']}, {results['data']}\n\n"
+    text += f"Percent; trained on {', '.join(sources)}; "
+    text += f"epoch: {results['epoch']} ({meaning[results['epoch']]})"
+    if any(count_seeds(system) > 1 for system in systems):
+        text += "; ± is the standard deviation over seeds"
+    if len(set(rows.values())) == 1:
+        text += f"; {min(rows.values()):,} rows a language"
+    else:
+        counts = [f"{language} {count:,}" for language, count in rows.items()]
+        text += f"; rows: {', '.join(counts)}"
+    text += f".\n\n{accuracy_table(results)}\n"
+
+    # protocols
     if len(meaning) > 1:
-        text += (
-            "\nThe same runs at the epoch that each protocol chooses, source language / mean of the others.\n"
-            + ";\n".join(f"`{p}`: {what}" for p, what in meaning.items())
-            + f".\n\n{protocol_table(systems, meaning)}\n"
-        )
-    tables = {
-        results["baseline"]: {system["name"]: system.get("difference") for system in systems},
-        f"the same runs at `{results['epoch']}`": {
-            f"{system['name']}, {p}": found
-            for system in systems
-            for p, found in system["protocol_differences"].items()
-        },
-    }
-    tables = {
-        to: {name: entries for name, entries in found.items() if entries}
-        for to, found in tables.items()
-    }
-    for to, found in tables.items():
-        if found:
-            text += f"\nDifference to {to}, in points:\n\n{difference_table(found, [*rows, 'others'])}\n"
-    if any(tables.values()):
-        mean = (
-            "`others`: mean of the languages that are no source, not corrected."
-            if results["parallel"]
-            else "the languages' rows are no translations: no mean over them."
-        )
-        text += (
-            "\nIn brackets the 95 % interval: paired bootstrap of rows (whole premises where texts are pairs),\n"
-            f"{results['resamples']:,} resamples, of the seeds' mean. * p < 0.05 after Holm's correction over the "
-            f"languages;\n{mean}\n"
-        )
-    return text + "".join(f"\nwarning: {warning}\n" for warning in results["warnings"])
+        text += "\nThe same runs at the epoch that each protocol chooses, "
+        text += "source language / mean of the others.\n"
+        text += ";\n".join(f"`{name}`: {what}" for name, what in meaning.items())
+        text += f".\n\n{protocol_table(systems, meaning)}\n"
+
+    # differences
+    to_baseline, to_first = {}, {}
+    for system in systems:
+        if "difference" in system:
+            to_baseline[system["name"]] = system["difference"]
+        for protocol, entries in system["protocol_differences"].items():
+            to_first[f"{system['name']}, {protocol}"] = entries
+    columns = [*rows, "others"]
+    if to_baseline:
+        text += f"\nDifference to {results['baseline']}, in points:\n\n"
+        text += difference_table(to_baseline, columns) + "\n"
+    if to_first:
+        text += f"\nDifference to the same runs at `{results['epoch']}`, in points:\n\n"
+        text += difference_table(to_first, columns) + "\n"
+    if to_baseline or to_first:
+        text += INTERVALS
+        if results["parallel"]:
+            text += "`others`: mean of the languages that are no source, not corrected.\n"
+        else:
+            text += "The languages' rows are no translations: no mean over them.\n"
+    for warning in results["warnings"]:
+        text += f"\nwarning: {warning}\n"
+    return text
+
+
+INTERVALS = f"""
+In brackets the 95 % interval over rows and seeds: the seeds' mean, rows that belong together resampled
+together ({RESAMPLES:,} times), and Student's t for the seeds.
+* p < {LEVEL} after Holm's correction over the languages. † One seed: of the rows alone, without star.
+"""
+
+
+def count_seeds(system):
+    return len({run["seed"] for run in system["runs"]})
 
 
 def accuracy_table(results):
-    """A row for each system, the paper's first where they are there, and then the mean is over its languages."""
+    """A row for each system; the paper's first where they are, and then the mean is over its
+    languages."""
     languages, systems = list(results["rows"]), results["systems"]
-    averaged = [
-        language for language in languages if language in PAPER_LANGUAGES or "paper" not in results
-    ]
-    several = len({system["train_language"] for system in systems}) > 1
+    averaged, mean = languages, "mean"
+    if "paper" in results:
+        averaged = [language for language in languages if language in PAPER_LANGUAGES]
+        if averaged != languages:
+            mean = f"mean of {' '.join(averaged)}"
 
     def row(name, scores, deviation=None):
-        cells = [
-            f"{100 * scores[l]:.1f}" + (f" ±{100 * deviation[l]:.1f}" if deviation else "")
-            if l in scores
-            else ""
-            for l in languages
-        ]
-        whole = set(averaged) <= set(scores)
-        return [
-            name,
-            *cells,
-            f"{100 * np.mean([scores[l] for l in averaged]):.1f}" if whole else "",
-        ]
+        cells = [name]
+        for language in languages:
+            cell = ""
+            if language in scores:
+                cell = f"{100 * scores[language]:.1f}"
+            if language in scores and deviation:
+                cell += f" ±{100 * deviation[language]:.1f}"
+            cells.append(cell)
+        whole = all(language in scores for language in averaged)
+        return [*cells, percent([scores[l] for l in averaged]) if whole else ""]
 
-    rows = [
-        row(f"{origin}: {name}", scores)
-        for origin in ("paper", "published")
-        for name, scores in results.get(origin, {}).items()
-    ]
+    rows = []
+    for origin in ("paper", "published"):
+        for name, scores in results.get(origin, {}).items():
+            rows.append(row(f"{origin}: {name}", scores))
+    several_sources = len({system["train_language"] for system in systems}) > 1
     for system in systems:
-        seeds = len({run["seed"] for run in system["runs"]})
-        rows.append(
-            row(
-                system["name"]
-                + f" (from {system['train_language'] or 'each language'})" * several
-                + f" ({seeds} seeds)" * (seeds > 1),
-                system["mean"],
-                system["std"] if seeds > 1 else None,
-            )
-        )
-    mean = "mean" if averaged == languages else f"mean of {' '.join(averaged)}"
+        name, deviation = system["name"], None
+        if several_sources:
+            name += f" (from {system['train_language'] or 'each language'})"
+        if count_seeds(system) > 1:
+            name += f" ({count_seeds(system)} seeds)"
+            deviation = system["std"]
+        rows.append(row(name, system["mean"], deviation))
     return markdown_table(["system", *languages, mean], rows)
+
+
+def percent(scores):
+    """The mean of some fractions in percent, as text; nothing of none."""
+    return f"{100 * np.mean(scores):.1f}" if scores else ""
 
 
 def protocol_table(systems, protocols):
     """For each system and protocol: accuracy in its source language / mean over the others."""
-
-    def means(scores, source):
-        groups = [
-            [value for language, value in scores.items() if (source in (language, None)) == own]
-            for own in (True, False)
-        ]
-        return " / ".join(f"{100 * np.mean(group):.1f}" if group else "" for group in groups)
-
-    return markdown_table(
-        ["system", *protocols],
-        [
-            [
-                system["name"],
-                *(means(system["protocols"][p], system["train_language"]) for p in protocols),
-            ]
-            for system in systems
-        ],
-    )
+    rows = []
+    for system in systems:
+        source = system["train_language"]
+        cells = [system["name"]]
+        for protocol in protocols:
+            scores = system["protocols"][protocol]
+            # a system of several sources is at home in each of its languages
+            home = [score for language, score in scores.items() if source in (language, None)]
+            others = [score for language, score in scores.items() if source not in (language, None)]
+            cells.append(f"{percent(home)} / {percent(others)}")
+        rows.append(cells)
+    return markdown_table(["system", *protocols], rows)
 
 
-def difference_table(found, columns):
-    """Points, interval and a star where it is significant, for {name: what difference() gave}; `others` by seed too."""
-    columns = [column for column in columns if any(column in entries for entries in found.values())]
+def difference_table(differences, columns):
+    """What compare() gave, {name: {column: entry}}, a row each; `others` seed by seed too."""
+    columns = [name for name in columns if any(name in row for row in differences.values())]
+    header, rows = ["system", *columns], []
+    for name, entries in differences.items():
+        cells = [interval_cell(entries[column]) if column in entries else "" for column in columns]
+        rows.append([name, *cells])
+    by_seed = [row.get("others", {}).get("by_seed", []) for row in differences.values()]
+    if any(len(values) > 1 for values in by_seed):
+        header.append("others, each seed")
+        for row, values in zip(rows, by_seed):
+            row.append(" ".join(f"{100 * value:+.1f}" for value in values))
+    return markdown_table(header, rows)
 
-    def cell(entry):
-        return entry and (
-            f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
-            + "*" * (entry.get("p_holm", entry["p"]) < 0.05)
-        )
 
-    by_seed = [
-        " ".join(f"{100 * value:+.1f}" for value in entries.get("others", {}).get("by_seed", ()))
-        for entries in found.values()
-    ]
-    rows = [
-        [name, *(cell(entries.get(column)) or "" for column in columns), *[seeds] * any(by_seed)]
-        for (name, entries), seeds in zip(found.items(), by_seed)
-    ]
-    return markdown_table(["system", *columns, *["others, each seed"] * any(by_seed)], rows)
+def interval_cell(entry):
+    """Points and their interval, with a star where it is significant, a dagger for one seed."""
+    low, high = 100 * entry["low"], 100 * entry["high"]
+    cell = f"{100 * entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    if entry["seeds"] == 1:
+        return cell + "†"
+    if entry.get("p_holm", entry["p"]) < LEVEL:
+        return cell + "*"
+    return cell
+
+
+# --- the search -----------------------------------------------------------------------------------
 
 
 def joined(layers):
