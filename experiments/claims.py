@@ -1,4 +1,4 @@
-"""The paper's eight conclusions, each tested: fine-tune what must be compared, and say what the
+"""The paper's eight conclusions, each tested: train what must be compared, and say what the
 difference is worth.
 
     make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli
@@ -22,7 +22,7 @@ import numpy as np
 
 import train
 from data import group_numbers, read_labels, read_sets, split_languages, take, train_language
-from evaluate import run_logits
+from evaluate import Split, run_logits
 from lib.encoders import blocks, check_layers, load_encoder
 from lib.folders import read_grid, read_run, write_atomic, write_json
 from lib.messages import UserError, cli, in_range
@@ -35,11 +35,11 @@ DRAWS = 3  # of random layers, for each seed
 TRAIN_ROWS = 1000  # that train accuracy is measured on
 
 
-# --- what is trained, and what is compared -------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
 
 
 class Recipe(NamedTuple):
-    """What the paper's system is, of which all others change one thing."""
+    """The paper's system, of which all others change one thing."""
 
     top: int  # the encoder's last layer
     layers: list
@@ -49,10 +49,14 @@ class Recipe(NamedTuple):
     hidden: int  # units of the deeper classifier
     epochs: int
 
-    @property
-    def flags(self):
-        """MC-BERT's flags of train.py."""
-        return ["--layers", *self.layers, "--pooling", self.pooling]
+    def pooled(self, layers):
+        """Flags of train.py that pool these layers."""
+        return ["--layers", *layers, "--pooling", self.pooling]
+
+    def frozen(self, layers, epoch):
+        """Flags of train.py for MC-BERT with these layers frozen."""
+        freezing = ["--freeze-layers", *layers, "--freeze-epoch", epoch]
+        return self.pooled(self.layers) + freezing
 
 
 def systems(recipe):
@@ -60,23 +64,19 @@ def systems(recipe):
 
     Of 12 layers the middle one is layer 8, and layers 5 to 12 are those of the search.
     """
-    top, chosen = recipe.top, recipe.flags
+    top, chosen = recipe.top, recipe.pooled(recipe.layers)
     upper = range(max(0, top // 2 - 1), top + 1)
-    freezing = ["--freeze-layers", *recipe.freeze_layers, "--freeze-epoch", recipe.freeze_epoch]
+    longer = ["--epochs", 2 * recipe.epochs, "--schedule", "constant", "--keep-all"]
     return {
         "baseline": ["--head", "pooler"],
-        "last-layer": ["--layers", top, "--pooling", recipe.pooling],
-        "middle-layer": ["--layers", 2 * top // 3, "--pooling", recipe.pooling],
-        "upper-layers": ["--layers", *upper, "--pooling", recipe.pooling],
+        "last-layer": recipe.pooled([top]),
+        "middle-layer": recipe.pooled([2 * top // 3]),
+        "upper-layers": recipe.pooled(upper),
         "mc-bert": chosen,
-        "mc-bert-long": [
-            *chosen,
-            *("--epochs", 2 * recipe.epochs),
-            *("--schedule", "constant", "--keep-all"),
-        ],
+        "mc-bert-long": chosen + longer,
         "mc-bert-mean": ["--layers", *recipe.layers, "--pooling", "mean"],
         "mc-bert-cls": ["--layers", *recipe.layers, "--pooling", "cls"],
-        "mc-bert-wf": [*chosen, *freezing],
+        "mc-bert-wf": recipe.frozen(recipe.freeze_layers, recipe.freeze_epoch),
         "mc-bert-no-dropout": [*chosen, "--dropout", 0, "--encoder-dropout", 0],
         "mc-bert-deep": [*chosen, "--hidden", recipe.hidden],
     }
@@ -97,63 +97,68 @@ def draw_layers(top, count, seed, kind, draw):
 
 
 def controls(recipe, seed):
-    """The runs of --controls for a seed, {name: Control}. Freezing in another way is compared with
-    the paper's way, and with not freezing at all."""
-    top, chosen = recipe.top, recipe.flags
+    """The runs of --controls: {name: Control}.
+
+    Freezing in another way stands beside the paper's way, and beside not freezing at all.
+    """
+    top, frozen, when = recipe.top, recipe.freeze_layers, recipe.freeze_epoch
     either = ["mc-bert-wf", "mc-bert"]
-    found = {}
+    every = {}
 
-    def freeze(layers, epoch):
-        return [*chosen, "--freeze-layers", *layers, "--freeze-epoch", epoch]
+    # frozen at another time
+    for epoch in ("1", "3", "auto"):
+        if epoch == when or (epoch != "auto" and int(epoch) >= recipe.epochs):
+            continue
+        what = f"frozen after epoch {epoch}"
+        if epoch == "auto":
+            what = "frozen at the first fall on joint dev"
+        name = f"wf-epoch-{epoch}"
+        every[name] = Control(what, either, {name: recipe.frozen(frozen, epoch)})
 
-    for epoch in (1, 3):
-        if str(epoch) != recipe.freeze_epoch and epoch < recipe.epochs:
-            name = f"wf-epoch-{epoch}"
-            flags = freeze(recipe.freeze_layers, epoch)
-            found[name] = Control(f"frozen after epoch {epoch}", either, {name: flags})
-    if recipe.freeze_epoch != "auto":
-        flags = freeze(recipe.freeze_layers, "auto")
-        what = "frozen at the first fall on joint dev"
-        found["wf-epoch-auto"] = Control(what, either, {"wf-epoch-auto": flags})
-
-    flags = freeze(range(top // 2 + 1), recipe.freeze_epoch)
+    # other layers
+    low = range(top // 2 + 1)
     what = f"embeddings and lowest {top // 2} frozen instead"
-    found["wf-lowest"] = Control(what, either, {"wf-lowest": flags})
-
-    pooled, frozen = {}, {}
+    every["wf-lowest"] = Control(what, either, {"wf-lowest": recipe.frozen(low, when)})
+    random_frozen, random_pooled = {}, {}
     for draw in range(DRAWS):
         layers = draw_layers(top, len(recipe.layers), seed, 0, draw)
-        pooled[f"random-layers-{draw + 1}"] = ["--layers", *layers, "--pooling", recipe.pooling]
-        layers = draw_layers(top, len(recipe.freeze_layers), seed, 1, draw)
-        frozen[f"wf-random-{draw + 1}"] = freeze(layers, recipe.freeze_epoch)
-    what = f"{len(recipe.freeze_layers)} random layers frozen instead"
-    found["wf-random"] = Control(what, either, frozen)
+        random_pooled[f"random-layers-{draw + 1}"] = recipe.pooled(layers)
+        layers = draw_layers(top, len(frozen), seed, 1, draw)
+        random_frozen[f"wf-random-{draw + 1}"] = recipe.frozen(layers, when)
+    what = f"{len(frozen)} random layers frozen instead"
+    every["wf-random"] = Control(what, either, random_frozen)
     what = f"{len(recipe.layers)} random layers pooled instead"
-    found["random-layers"] = Control(what, ["mc-bert"], pooled)
+    every["random-layers"] = Control(what, ["mc-bert"], random_pooled)
 
-    flags = {"mc-bert-mix": [*chosen, "--combine", "mix"]}
-    found["mc-bert-mix"] = Control("layers mixed, not side by side", ["mc-bert"], flags)
-    return found
+    mixed = [*recipe.pooled(recipe.layers), "--combine", "mix"]
+    what = "layers mixed, not side by side"
+    every["mc-bert-mix"] = Control(what, ["mc-bert"], {"mc-bert-mix": mixed})
+    return every
+
+
+def plan(recipe, added):
+    """All runs of a seed, (system, name, flags of train.py); added: {name: Control}."""
+    planned = [(name, name, flags) for name, flags in systems(recipe).items()]
+    for system, control in added.items():
+        planned += [(system, name, flags) for name, flags in control.runs.items()]
+    return planned
+
+
+# --- what is compared -----------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
-    """Two systems and what is claimed of them.
-
-    A run counts at its last epoch; NAME@half: after half of them; NAME@mean: the mean of the
-    weights after each.
-    """
+    """Two systems, and what is claimed of them."""
 
     number: int | None  # of the paper's conclusions; None: a control
-    words: str
-    a: str
+    claim: str
+    a: str  # counts at its last epoch; NAME@half: after half of them; NAME@mean: the mean of all
     b: str
-    way: str = "better"  # A is better; "no gain": A is at most MARGIN better
+    way: str = "better"  # A is better; "no gain": A is not better by MARGIN
 
 
 CONCLUSIONS = [
-    Comparison(
-        1, "longer fine-tuning hurts the other languages", "mc-bert-long@half", "mc-bert-long"
-    ),
+    Comparison(1, "longer fine-tuning hurts the others", "mc-bert-long@half", "mc-bert-long"),
     Comparison(2, "more hidden states beat the [CLS] head", "mc-bert", "baseline"),
     Comparison(3, "max pooling beats mean", "mc-bert", "mc-bert-mean"),
     Comparison(3, "max pooling beats [CLS]", "mc-bert", "mc-bert-cls"),
@@ -165,25 +170,12 @@ CONCLUSIONS = [
     Comparison(7, "dropout is needed", "mc-bert", "mc-bert-no-dropout"),
     Comparison(8, "a deeper classifier does not help", "mc-bert-deep", "mc-bert", "no gain"),
 ]
-CONTROLS = [  # which need no further runs
+CONTROLS = [  # which need no runs of their own
     Comparison(None, "mean of the epochs, not the last", "mc-bert@mean", "mc-bert"),
-    Comparison(None, "the same, trained for long", "mc-bert-long@mean", "mc-bert-long"),
+    Comparison(None, "the same after long training", "mc-bert-long@mean", "mc-bert-long"),
     Comparison(None, "freezing, or the mean of the epochs", "mc-bert-wf", "mc-bert@mean"),
 ]
-MORE_EPOCHS = {"mc-bert": ["mean"], "mc-bert-long": ["half", "mean"]}  # measured beside the last
-
-
-# --- what a run says -----------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """What is compared on."""
-
-    folder: str
-    split: str
-    source: str  # the language trained on
-    sets: dict  # {language: Rows} of the split, translations of each other
-    train: object  # Rows of the source language
+MORE_EPOCHS = {"mc-bert": ["mean"], "mc-bert-long": ["half", "mean"]}  # beside the last
 
 
 class Outcome(NamedTuple):
@@ -194,14 +186,17 @@ class Outcome(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What came of a run."""
+    """A run, and what came of it."""
 
     system: str  # its name, or that of the control of which it is a draw
     name: str
-    seed: int
     arguments: dict  # flags of train.py
     frozen_after: float | None  # epochs done when layers froze; None: they never did
     outcomes: dict  # {last, half, mean: Outcome}
+
+    @property
+    def seed(self):
+        return self.arguments["seed"]
 
     @property
     def counts(self):
@@ -209,48 +204,45 @@ class Run(NamedTuple):
         return self.frozen_after is not None or not self.arguments["freeze_layers"]
 
 
-def is_right(folder, run, epoch, data, split, sets, batch_size):
-    """Whether a run's model after `epoch` is right on each row of {language: Rows}: (N, L)."""
-    epochs = dict.fromkeys(sets, epoch)
-    logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-    columns = [logits[language].argmax(1) == rows.labels for language, rows in sets.items()]
+def is_right(folder, epoch, split, batch_size):
+    """Whether a run's model after `epoch` is right on the rows of a Split: (N, L)."""
+    logits = run_logits(folder, dict.fromkeys(split.rows, epoch), split, batch_size)
+    columns = []
+    for language, rows in split.rows.items():
+        columns.append(logits[language].argmax(1) == rows.labels)  # (N, C) -> (N,)
     return np.stack(columns, axis=1).astype(float)
-
-
-def measure(folder, run, which, data, batch_size):
-    """The Outcome of a finished run at its epoch last, half or mean.
-
-    Train accuracy: dropout off, on rows spread evenly over those trained on.
-    """
-    last = run["arguments"]["epochs"]
-    epoch = {"last": last, "half": last // 2, "mean": "mean"}[which]
-    trained = take(data.train, run["arguments"]["max_train_rows"])
-    train_set = {data.source: take(trained, TRAIN_ROWS)}
-    right = is_right(folder, run, epoch, data.folder, data.split, data.sets, batch_size)
-    right_in_train = is_right(folder, run, epoch, data.folder, "train", train_set, batch_size)
-    return Outcome(right, float(right_in_train.mean()))
 
 
 def frozen_after(metrics):
     """How many epochs were done when layers froze, by the rows of metrics.jsonl; None: never."""
-    done, last = 0, 0
+    before, epoch = 0, 0
     for row in metrics:
-        if row["epoch"] > last:  # the rows of the next evaluation
-            done, last = last, row["epoch"]
+        if row["epoch"] > epoch:  # the next evaluation
+            before, epoch = epoch, row["epoch"]
         if row["frozen_layers"]:
-            return done
+            return before
     return None
 
 
-def read_outcome(folder, system, name, seed, data, batch_size):
-    """The Run of a finished folder."""
-    run, metrics = read_run(folder)
-    if not run["complete"]:
+def read_outcomes(folder, system, name, split, train_rows, batch_size):
+    """The Run of a finished folder. split: what is compared on; train_rows: of the source language.
+
+    Train accuracy: dropout off, on rows spread evenly over those trained on.
+    """
+    about, metrics = read_run(folder)
+    if not about["complete"]:
         raise UserError(f"{folder} is not finished: give the same command again")
+    arguments = about["arguments"]
+    last, source = arguments["epochs"], arguments["train_language"]
+    sample = take(take(train_rows, arguments["max_train_rows"]), TRAIN_ROWS)
+    train_split = Split(split.folder, "train", {source: sample})
     outcomes = {}
     for which in ["last", *MORE_EPOCHS.get(name, [])]:
-        outcomes[which] = measure(folder, run, which, data, batch_size)
-    return Run(system, name, seed, run["arguments"], frozen_after(metrics), outcomes)
+        epoch = {"last": last, "half": last // 2, "mean": "mean"}[which]
+        right = is_right(folder, epoch, split, batch_size)
+        in_train = is_right(folder, epoch, train_split, batch_size)
+        outcomes[which] = Outcome(right, float(in_train.mean()))
+    return Run(system, name, arguments, frozen_after(metrics), outcomes)
 
 
 def mean_outcome(outcomes):
@@ -263,7 +255,9 @@ def by_system(runs):
     gathered = {}
     for run in runs:
         for which, outcome in run.outcomes.items():
-            name = run.system if which == "last" else f"{run.system}@{which}"
+            name = run.system
+            if which != "last":
+                name += f"@{which}"
             seeds = gathered.setdefault(name, {})
             if run.counts:
                 seeds.setdefault(run.seed, []).append(outcome)
@@ -273,14 +267,11 @@ def by_system(runs):
     return gathered
 
 
-# --- what is made of it --------------------------------------------------------------------------
-
-
 def compare(a, b, groups, source):
-    """A - B in the seeds that both have: seeds, Interval of the source language and of the mean of
-    the others (None where there is no such seed).
+    """A - B, {seed: Outcome} each, in the seeds that both have: the seeds, and an Interval of the
+    source language and one of the mean of the others (None without a seed).
 
-    a, b: {seed: Outcome}; groups (N,): rows to resample together; source: the language's place.
+    groups (N,): rows to resample together; source: the language's place.
     """
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
@@ -297,8 +288,7 @@ def judge(comparisons, outcomes, groups, source):
     outcomes: {system: {seed: Outcome}}. One seed has an interval of the rows and no verdict.
     """
     compared = [compare(outcomes[c.a], outcomes[c.b], groups, source) for c in comparisons]
-    family = [others.p for seeds, _, others in compared if len(seeds) > 1]
-    corrected = iter(holm(family))
+    corrected = iter(holm([others.p for seeds, _, others in compared if len(seeds) > 1]))
     rows = []
     for comparison, (seeds, in_source, others) in zip(comparisons, compared):
         row = comparison._asdict() | {"seeds": seeds, "verdict": "no seed"}
@@ -318,11 +308,11 @@ def judge(comparisons, outcomes, groups, source):
 def accuracies(outcomes, source):
     """What each system reaches: means over its seeds; `source` is the language's place."""
     rows = []
-    for name, by_seed in outcomes.items():
-        row = {"name": name, "seeds": sorted(by_seed)}
-        if by_seed:
-            mean = mean_outcome(by_seed.values())
-            languages = mean.right.mean(0)  # (L,)
+    for name, seeds in outcomes.items():
+        row = {"name": name, "seeds": sorted(seeds)}
+        if seeds:
+            mean = mean_outcome(seeds.values())
+            languages = mean.right.mean(0)  # (N, L) -> (L,)
             row["train"] = mean.train
             row["source"] = float(languages[source])
             row["others"] = float(np.delete(languages, source).mean())
@@ -330,12 +320,30 @@ def accuracies(outcomes, source):
     return rows
 
 
+def what_happened(runs, top, source):
+    """When each run of --freeze-epoch auto froze, and which layers were drawn at random: two lists
+    of what claims.json says of them. top: the last layer; source: the language's place."""
+    froze, draws = [], []
+    for run in runs:
+        entry = {"run": run.name, "seed": run.seed}
+        if run.arguments["freeze_epoch"] == "auto":
+            froze.append(entry | {"after": run.frozen_after})
+        if run.name != run.system:
+            layers = run.arguments["freeze_layers"] or run.arguments["layers"]
+            above = sum(layer > top / 2 for layer in layers)
+            others = np.delete(run.outcomes["last"].right, source, axis=1).mean()
+            entry |= {"layers": layers, "above_middle": above, "others": float(others)}
+            draws.append(entry)
+    return froze, draws
+
+
 def phase_one(folder, split):
     """What a grid says on conclusions 3, 4 and 5, as Markdown lines: mean F1 of the other
     languages' sets, each combination at the rate that the search's own protocol preferred."""
     grid, columns, best = read_grid(folder)
     source, select = best["train_language"], best["select"]
-    if not any(c.startswith(f"{split}_") and c != f"{split}_{source}" for c in columns):
+    others = [column for column in columns if column.startswith(f"{split}_")]
+    if set(others) <= {f"{split}_{source}"}:
         raise UserError(f"{folder} has no {split} scores in another language than {source}")
 
     selecting = [columns[i] for i in columns_of(columns, source)[select]]
@@ -361,121 +369,122 @@ def phase_one(folder, split):
     if single:
         lines.append(f"- (4) the single layer chosen: {single[0]}")
     lines.append(f"- (5) the combination chosen: {named[order[0]]}")
-    return lines
+    return "\n".join(lines)
 
 
-# --- the report ----------------------------------------------------------------------------------
-
-
-def percent(value):
-    return f"{100 * value:.1f}"
+# --- the report -----------------------------------------------------------------------------------
 
 
 def interval_cell(row, key):
     """+1.2 [+0.3, +2.1], in points."""
     if key not in row:
         return ""
-    points = {name: 100 * row[key][name] for name in ("difference", "low", "high")}
-    return "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**points)
+    difference, low, high = (100 * row[key][name] for name in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def comparison_table(rows, source):
-    header = ["", "conclusion", "A - B", "other languages", source, "seeds", "verdict"]
     cells = []
     for row in rows:
-        cells.append(
-            [
-                row["number"] or "",
-                row["words"],
-                f"{row['a']} - {row['b']}",
-                interval_cell(row, "others"),
-                interval_cell(row, "source"),
-                len(row["seeds"]),
-                row["verdict"],
-            ]
-        )
+        claim = row["claim"]
+        if row["number"]:
+            claim = f"{row['number']}: {claim}"
+        pair = f"{row['a']} - {row['b']}"
+        points = interval_cell(row, "others"), interval_cell(row, "source")
+        cells.append([claim, pair, *points, len(row["seeds"]), row["verdict"]])
+    header = ["", "A - B", "other languages", source, "seeds", "verdict"]
     return markdown_table(header, cells)
 
 
 def accuracy_table(rows, source):
     cells = []
     for row in rows:
-        values = [
-            percent(row[key]) if row["seeds"] else "" for key in ("train", "source", "others")
-        ]
-        cells.append([row["name"], len(row["seeds"]), *values])
+        scores = [f"{100 * row[key]:.1f}" for key in ("train", "source", "others") if key in row]
+        cells.append([row["name"], len(row["seeds"]), *(scores or ["", "", ""])])
     return markdown_table(["system", "seeds", "train", source, "other languages"], cells)
 
 
 def freezing_lines(froze):
-    """When each seed of `--freeze-epoch auto` froze, a Markdown line a run."""
+    """When each seed froze, a Markdown line a run."""
     by_run = {}
     for entry in froze:
-        if entry["after"] is None:
-            when = "never, not counted"
-        else:
+        when = "never, not counted"
+        if entry["after"] is not None:
             when = f"after epoch {entry['after']:g}"
         by_run.setdefault(entry["run"], []).append(f"seed {entry['seed']} {when}")
-    return "\n".join(f"- {run}: {', '.join(seeds)}" for run, seeds in by_run.items())
+    return "\n".join(f"- {run}: {'; '.join(seeds)}" for run, seeds in by_run.items())
 
 
-def draws_table(draws, middle):
+def draws_table(draws):
     cells = []
     for draw in draws:
         layers = " ".join(map(str, draw["layers"]))
-        accuracy = percent(draw["others"])
+        accuracy = f"{100 * draw['others']:.1f}"
         cells.append([draw["run"], draw["seed"], layers, draw["above_middle"], accuracy])
-    return markdown_table(["draw", "seed", "layers", f"above {middle:g}", "other languages"], cells)
+    return markdown_table(["draw", "seed", "layers", "above", "other languages"], cells)
+
+
+def describe_systems(recipe):
+    """What the systems are, as Markdown lines."""
+    flags = systems(recipe)
+    middle, lowest = flags["middle-layer"][1], flags["upper-layers"][1]
+    layers = " ".join(map(str, recipe.layers))
+    frozen = " ".join(map(str, recipe.freeze_layers))
+    return f"""\
+- baseline: BERT's own [CLS] head
+- last-layer, middle-layer, upper-layers: {recipe.pooling} pooling of layer {recipe.top}, {middle},
+  {lowest} to {recipe.top}
+- mc-bert: {recipe.pooling} pooling of layers {layers}, {recipe.epochs} epochs; -long:
+  {2 * recipe.epochs} epochs at a constant rate; -deep: a hidden layer of {recipe.hidden}
+- mc-bert-wf: layers {frozen} frozen, --freeze-epoch {recipe.freeze_epoch}
+- a run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after
+  each"""
 
 
 def report(result):
     """claims.json's content as Markdown."""
-    source, others = result["train_language"], result["others"]
-    parts = [
-        f"# The paper's conclusions on {result['data']}",
-        comparison_table(result["conclusions"], source),
-        f"Model {result['model']}, trained on {source}; {result['split']} set, {len(others)} other "
-        f"languages: {' '.join(others)}; seeds {' '.join(map(str, result['seeds']))}.",
-        f"""\
+    source = result["train_language"]
+    text = f"""\
+# The paper's conclusions on {result["data"]}
+
+{comparison_table(result["conclusions"], source)}
+
+Model {result["model"]}, trained on {source}; {result["split"]} set; other languages: \
+{" ".join(result["others"])}; seeds {" ".join(map(str, result["seeds"]))}.
+
 Differences of accuracy in points with the 95 % interval over rows and seeds (rows of one group are
 resampled together); the verdict is on the other languages' mean, after Holm's correction over the
 conclusions. Supported: A is better; where A is to gain nothing (upper-layers, mc-bert-deep): the
-interval is below {100 * MARGIN:g} point. One seed: the interval is of the rows alone, no verdict.""",
-        result["systems_are"],
-        "## Accuracies",
-        f"""\
-Means over the seeds. `train`: on {TRAIN_ROWS:,} of the train rows, dropout off. A system that is low
-there has not learned as much as the others: with more steps the differences may be others.""",
-        accuracy_table(result["systems"], source),
-        "## Controls",
-        """\
+interval is below {100 * MARGIN:g} point. One seed: the interval is of the rows alone, no verdict.
+
+{result["meaning"]}
+
+## Accuracies
+
+Means over the seeds. `train`: on up to {TRAIN_ROWS:,} of the rows trained on, dropout off. A system
+that is low there has not learned as much as the others: with more steps the differences may be
+others.
+
+{accuracy_table(result["systems"], source)}
+
+## Controls
+
 A control claims nothing: A is better or worse by the same rule, with Holm's correction over the
-controls. Of random layers the mean of a seed's draws counts.""",
-        comparison_table(result["controls"], source),
-    ]
+controls. Of random layers the mean of a seed's draws counts.
+
+{comparison_table(result["controls"], source)}
+"""
     if result["froze"]:
-        parts.append("When `--freeze-epoch auto` froze:")
-        parts.append(freezing_lines(result["froze"]))
+        text += f"\nWhen `--freeze-epoch auto` froze:\n\n{freezing_lines(result['froze'])}\n"
     if result["draws"]:
-        parts.append("The random layers of each seed, and how many of them lie above the middle:")
-        parts.append(draws_table(result["draws"], result["middle"]))
+        text += f"""
+The random layers, and how many of them lie above the middle:
+
+{draws_table(result["draws"])}
+"""
     if result["phase_one"]:
-        parts.append("\n".join(result["phase_one"]))
-    return "\n\n".join(parts) + "\n"
-
-
-def describe_systems(recipe):
-    """A paragraph on what the systems are."""
-    flags = systems(recipe)
-    middle, upper = flags["middle-layer"][1], flags["upper-layers"][1]
-    layers, frozen = (" ".join(map(str, k)) for k in (recipe.layers, recipe.freeze_layers))
-    return f"""\
-- baseline: BERT's own [CLS] head; last-layer, middle-layer, upper-layers: {recipe.pooling} pooling
-  of layer {recipe.top}, {middle}, {upper} to {recipe.top}
-- mc-bert: {recipe.pooling} pooling of layers {layers}, {recipe.epochs} epochs; -long:
-  {2 * recipe.epochs} epochs at a constant rate; -deep: a hidden layer of {recipe.hidden}
-- mc-bert-wf: layers {frozen} frozen, --freeze-epoch {recipe.freeze_epoch}
-- A run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after each"""
+        text += f"\n{result['phase_one']}\n"
+    return text
 
 
 def parse_args(argv):
@@ -485,42 +494,39 @@ def parse_args(argv):
         allow_abbrev=False,
         epilog="Flags not named here go to every train.py: --lr 5e-4, --max-train-rows 1000, ...",
     )
-    parser.add_argument("--model", required=True, help="encoder: hub name or folder")
-    parser.add_argument("--data", required=True, help="data set folder, its languages parallel")
-    parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
-    parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
-    parser.add_argument(
+    positive = in_range(int, 1)
+    add = parser.add_argument
+    add("--model", required=True, help="encoder: hub name or folder")
+    add("--data", required=True, help="data set folder, its languages parallel")
+    add("--out", required=True, help="folder for the runs and claims.md")
+    add("--grid", help="grid folder, to add what phase 1 says")
+    add(
         "--controls",
         nargs="*",
         metavar="NAME",
         help="also freeze at other epochs, or other layers; pool random layers; mix them (default: "
         "none; without a name: all)",
     )
-    parser.add_argument(
+    add(
         "--train-language",
         metavar="LANG",
         help="source language (default: en, or the only one there is)",
     )
-    parser.add_argument(
-        "--split", choices=["dev", "test"], default="test", help="to compare on (default: test)"
-    )
-    parser.add_argument(
+    add("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
+    add(
         "--max-rows",
-        type=in_range(int, 1),
+        type=positive,
         metavar="N",
         help="compare on N rows of each file, spread evenly (default: all)",
     )
-    parser.add_argument(
+    add(
         "--drop-models",
         action="store_true",
-        help="delete each run's weights once its predictions are "
-        "saved (epochs/ and resume/: several times the encoder's size a run): "
-        "then no other --split or --max-rows can be had of it",
+        help="delete each run's weights once its predictions are saved (epochs/ and resume/: "
+        "several times the encoder's size a run): then no other --split or --max-rows can be had",
     )
-    parser.add_argument(
-        "--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)"
-    )
-    parser.add_argument(
+    add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
+    add(
         "--first-seed",
         type=in_range(int, 0),
         default=0,
@@ -528,67 +534,60 @@ def parse_args(argv):
         help="seeds S, S + 1, ...: several calls can share the work, and a last one over all seeds "
         "trains nothing (default: 0)",
     )
-    parser.add_argument(
+    add(
         "--epochs",
-        type=in_range(int, 1),
+        type=positive,
         default=5,
         help="passes over the train rows; twice as many for conclusion 1 (default: 5)",
     )
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)"
-    )
-    parser.add_argument("--pooling", choices=list(POOLINGS), default="max", help="(default: max)")
-    parser.add_argument(
-        "--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)"
-    )
-    parser.add_argument("--freeze-epoch", default="2", help="(default: 2)")
-    parser.add_argument(
+    add("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
+    add("--pooling", choices=list(POOLINGS), default="max", help="(default: max)")
+    add("--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)")
+    add("--freeze-epoch", metavar="N|auto", default="2", help="(default: 2)")
+    add(
         "--hidden",
-        type=in_range(int, 1),
+        type=positive,
         default=256,
         help="units of the deeper classifier (default: 256)",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=in_range(int, 1),
-        default=32,
-        help="rows an optimizer step (default: 32)",
-    )
+    add("--batch-size", type=positive, default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
         parser.error(
-            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, --first-seed which"
+            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, "
+            "--first-seed which"
         )
-    if args.freeze_epoch != "auto" and not (
-        args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
-    ):
+    number = args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
+    if args.freeze_epoch != "auto" and not number:
         parser.error(
-            f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), or auto"
+            f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), "
+            "or auto"
         )
     return args, more
 
 
-def read_data(folder, split, source, max_rows):
-    """The Data to compare on. UserError where the languages' rows are no translations."""
-    languages = paper_order(split_languages(folder, split))
+def read_data(folder, name, source, max_rows):
+    """The Split to compare on, and the Rows that were trained on. UserError where the languages'
+    rows are no translations."""
+    languages = paper_order(split_languages(folder, name))
     if source not in languages or len(languages) < 2:
         raise UserError(
-            f"{folder}: {split} is needed in {source} and in another language, it is there in: "
+            f"{folder}: {name} is needed in {source} and in another language, it is there in: "
             f"{' '.join(languages)}"
         )
-    keys = [("train", source), *((split, language) for language in languages)]
-    rows = read_sets(folder, keys, read_labels(folder))
-    sets = {language: take(rows[split, language], max_rows) for language in languages}
-    if not parallel(sets):
+    keys = [("train", source), *((name, language) for language in languages)]
+    sets = read_sets(folder, keys, read_labels(folder))
+    rows = {language: take(sets[name, language], max_rows) for language in languages}
+    if not parallel(rows):
         raise UserError(
-            f"{folder}: the {split} rows of {' '.join(languages)} are no translations of each "
-            "other, and the verdicts are on the languages' mean, row by row (evaluate.py compares "
-            "systems language by language)"
+            f"{folder}: the {name} rows of {' '.join(languages)} are no translations of each other,"
+            " and the verdicts are on the languages' mean, row by row (evaluate.py compares systems"
+            " language by language)"
         )
-    return Data(folder, split, source, sets, rows["train", source])
+    return Split(folder, name, rows), sets["train", source]
 
 
-def wanted_controls(recipe, seed, names):
+def choose_controls(recipe, seed, names):
     """The controls of --controls, {name: Control}: none for None, all for an empty list."""
     if names is None:
         return {}
@@ -602,70 +601,58 @@ def wanted_controls(recipe, seed, names):
 def main(argv=None):
     args, more = parse_args(argv)
     out, source = Path(args.out), train_language(args.data, args.train_language)
-    data = read_data(args.data, args.split, source, args.max_rows)
-    searched = phase_one(args.grid, args.split) if args.grid else []
+    split, train_rows = read_data(args.data, args.split, source, args.max_rows)
+    searched = phase_one(args.grid, args.split) if args.grid else None
     top = len(blocks(load_encoder(args.model)[0]))
     check_layers(args.layers, top, "--layers")
     check_layers(args.freeze_layers, top, "--freeze-layers")
     freezing = args.freeze_layers, args.freeze_epoch
     recipe = Recipe(top, args.layers, args.pooling, *freezing, args.hidden, args.epochs)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    added = {seed: wanted_controls(recipe, seed, args.controls) for seed in seeds}
+    added = {seed: choose_controls(recipe, seed, args.controls) for seed in seeds}
 
-    # Train what is not there yet, and measure it
+    # train what is not there yet, and measure it
     runs = []
     always = ["--model", args.model, "--data", args.data, "--train-language", source]
     always += ["--epochs", args.epochs, "--batch-size", args.batch_size, *more]
     for seed in seeds:
-        planned = [(name, name, flags) for name, flags in systems(recipe).items()]
-        for system, control in added[seed].items():
-            planned += [(system, name, flags) for name, flags in control.runs.items()]
-        for system, name, flags in planned:
+        for system, name, flags in plan(recipe, added[seed]):
             print(f"\n== {name}, seed {seed} ==")
             folder = out / "runs" / f"{name}-seed{seed}"
             command = [*always, "--out", folder, "--seed", seed, *flags]
-            status = train.main(list(map(str, command)))
+            status = train.main([str(part) for part in command])
             if status:  # stopped by a signal
                 return status
-            runs.append(read_outcome(folder, system, name, seed, data, args.batch_size))
+            runs.append(read_outcomes(folder, system, name, split, train_rows, args.batch_size))
             if args.drop_models:
                 shutil.rmtree(folder / "epochs", ignore_errors=True)
                 shutil.rmtree(folder / "resume", ignore_errors=True)
 
-    # Compare
-    outcomes, place = by_system(runs), list(data.sets).index(source)
-    groups = group_numbers(data.sets[source])
+    # compare
+    place = list(split.rows).index(source)
+    groups = group_numbers(split.rows[source])
+    outcomes = by_system(runs)
     compared = list(CONTROLS)
     for system, control in added[seeds[0]].items():
         compared += [Comparison(None, control.what, system, other) for other in control.against]
+    froze, draws = what_happened(runs, top, place)
     result = {
         "data": args.data,
         "model": args.model,
         "split": args.split,
         "seeds": list(seeds),
         "train_language": source,
-        "others": [language for language in data.sets if language != source],
-        "systems_are": describe_systems(recipe),
+        "others": [language for language in split.rows if language != source],
+        "meaning": describe_systems(recipe),
         "conclusions": judge(CONCLUSIONS, outcomes, groups, place),
         "controls": judge(compared, outcomes, groups, place),
         "systems": accuracies(outcomes, place),
-        "froze": [],
-        "draws": [],
-        "middle": top / 2,
+        "froze": froze,
+        "draws": draws,
         "phase_one": searched,
     }
-    for run in runs:
-        if run.arguments["freeze_epoch"] == "auto":
-            entry = {"run": run.name, "seed": run.seed, "after": run.frozen_after}
-            result["froze"].append(entry)
-        if run.name != run.system:
-            layers = run.arguments["freeze_layers"] or run.arguments["layers"]
-            others = np.delete(run.outcomes["last"].right, place, axis=1).mean()
-            entry = {"run": run.name, "seed": run.seed, "layers": layers}
-            entry["above_middle"] = sum(layer > top / 2 for layer in layers)
-            result["draws"].append(entry | {"others": float(others)})
-    write_json(out / "claims.json", result)
     text = report(result)
+    write_json(out / "claims.json", result)
     with write_atomic(out / "claims.md") as file:
         file.write(text)
     print(f"\n{text}\nwritten to {out}/claims.md")
