@@ -44,7 +44,6 @@ from lib.significance import Answers, compare, parallel
 from lib.tables import PAPER_LANGUAGES, PAPER_TABLE, PUBLISHED, paper_order, report
 from model import load_model, predict
 
-
 TRANSLATE_TRAIN = "Translate-Train"  # the system of --translate-train
 
 
@@ -95,14 +94,15 @@ def classify(folder, texts, batch_size=64, desc=None):
     """
     texts = list(texts)
     model = load(find_model(folder))
+    settings = model.classifier.settings
     if not texts:
         raise UserError("there are no texts to label")
     pairs = not isinstance(texts[0], str)
-    if pairs != model.settings["pairs"]:
+    if pairs != settings.pairs:
         raise UserError(f"{folder} was trained on {kind(not pairs)}, these are {kind(pairs)}")
     rows = Rows(*map(list, zip(*texts))) if pairs else Rows(texts)
     logits = predict_rows(model, rows, batch_size, desc)  # (N, C)
-    labels = [model.settings["labels"][best] for best in logits.argmax(1)]
+    labels = [settings.labels[best] for best in logits.argmax(1)]
     return labels, torch.from_numpy(logits).double().softmax(1).numpy()
 
 
@@ -111,7 +111,6 @@ class Model(NamedTuple):
 
     classifier: torch.nn.Module
     tokenizer: object
-    settings: dict  # labels, pairs, max_length, precision
     dtype: torch.dtype  # of matrix products
 
 
@@ -135,30 +134,20 @@ def kept_epoch(folder, epoch):
     return path
 
 
-def read_settings(path):
-    """labels, pairs, max_length and precision of a model's folder."""
-    settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
-    run = path.parent.parent / "run.json"
-    if "max_length" not in settings and run.exists():
-        arguments = read_json(run, "train.py", ("arguments",))["arguments"]
-        settings |= {key: arguments[key] for key in ("max_length", "precision")}
-    return settings
-
-
 def load(path):
     """The Model in a folder of model.save_model(). fp16 without a GPU is "auto"."""
-    settings, device = read_settings(path), pick_device()
-    classifier, precision = load_model(path), settings["precision"]
-    check_length(classifier.encoder, settings["max_length"])
+    device, classifier = pick_device(), load_model(path)
+    check_length(classifier.encoder, classifier.settings.max_length)
+    precision = classifier.settings.precision
     if precision == "fp16" and device.type == "cpu":
         precision = "auto"
     dtype = pick_precision(precision, device)
-    return Model(classifier.to(device), load_tokenizer(path), settings, dtype)
+    return Model(classifier.to(device), load_tokenizer(path), dtype)
 
 
 def predict_rows(model, rows, batch_size, desc=None):
     """Logits of Rows: (N, C) float32."""
-    max_length = model.settings["max_length"]
+    max_length = model.classifier.settings.max_length
     encoded = encode(model.tokenizer, rows, max_length)
     check_tokens(model.classifier.encoder, encoded.ids)
     batches = eval_batches(encoded, model.tokenizer.pad_token_id, max_length, batch_size)
@@ -173,7 +162,7 @@ def label_file(folder, protocol, source, target, names, batch_size):
     """
     # the columns there are, and those to add
     path = find_model(folder, protocol)
-    settings = read_settings(path)
+    settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
     columns, lines = read_columns(source)
     usual = ["text_a", "text_b"] if settings["pairs"] else ["text"]
     if names[1] and not settings["pairs"]:
