@@ -1,6 +1,5 @@
 """XNLI's and MASSIVE's published archives as rows."""
 
-import csv
 import http.client
 import io
 import json
@@ -77,45 +76,6 @@ def table_lines(stream, name):
         yield cells
     if header is None:
         raise UserError(f"{name} is empty")
-
-
-def read_columns(path, format=None):
-    """A stand-in until helper DATA's is there."""
-    form = format or Path(path).suffix.removeprefix(".")
-    if str(path) == "-":
-        content = sys.stdin.buffer.read()
-    elif not Path(path).exists():
-        raise UserError(f"{path} does not exist")
-    else:
-        content = Path(path).read_bytes()
-    if form == "jsonl":
-        rows = [json.loads(line) for line in content.decode("utf-8-sig").splitlines()]
-        return {name: [row[name] for row in rows] for name in rows[0]}, list(range(1, len(rows) + 1))
-    if form == "csv":
-        lines = iter(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
-    else:
-        lines = table_lines(io.BytesIO(content), path)
-    header, *rows = lines
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return columns, list(range(2, len(rows) + 2))
-
-
-def write_columns(path, columns, format=None):
-    """A stand-in until helper DATA's is there."""
-    form = format or Path(path).suffix.removeprefix(".")
-    rows = list(zip(*columns.values()))
-    text = io.StringIO()
-    if form == "csv":
-        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    for cells in rows if form == "jsonl" else ():
-        text.write(json.dumps(dict(zip(columns, cells)), ensure_ascii=False) + "\n")
-    if form not in ("csv", "jsonl"):
-        text.write("".join("\t".join(cells) + "\n" for cells in [columns, *rows]))
-    if str(path) == "-":
-        sys.stdout.write(text.getvalue())
-        return
-    with write_atomic(path) as file:
-        file.write(text.getvalue())
 
 
 def label_index(label, labels, where):
