@@ -1,10 +1,10 @@
-# Everything happens in .venv, which is made from the requirements files where it is not there or out of date.
+# Everything happens in .venv, made from the requirements files where it is not there or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 PY = $(BIN)/python
 
-# Memory that is freed stays with the process: glibc hands it back to the kernel at every step otherwise, which clears it
-# anew each time, up to a tenth of a step on a CPU.
+# Memory that is freed stays with the process: glibc hands it back to the kernel at every step
+# otherwise, which clears it anew each time, up to a tenth of a step on a CPU.
 export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 2147483647
 
@@ -13,7 +13,7 @@ demo test prove: export HF_HUB_OFFLINE = 1
 MODEL ?= sample/model
 TUNE = --model $(MODEL) --data sample/intents14 --lr 2e-4 --batch-size 64
 
-.PHONY: demo test prove claims bench clean
+.PHONY: demo test prove format claims bench clean
 
 # Both phases on the sample. Each line can be run by hand; run again, the whole goes on where it stopped.
 demo: .venv/run
@@ -29,12 +29,18 @@ demo: .venv/run
 	$(PY) plot.py differences $(DEMO)/results --out $(DEMO)/figures
 
 test: .venv/test
-	$(PY) -m pytest -q -n 2 --dist worksteal tests
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(PY) -m pytest -n 2 --dist worksteal tests
+
+format: .venv/test
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
 
 # The long proofs: thirty kills, and 10,000 cases of broken input.
 prove: export PROVE = 1
 prove: .venv/test
-	$(PY) -m pytest -q -n 2 --dist worksteal tests/robustness
+	$(PY) -m pytest -n 2 --dist worksteal tests/robustness
 
 # The paper's eight conclusions. On XNLI: make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli FLAGS=
 DATA ?= sample/intents14
@@ -63,4 +69,4 @@ bench: .venv/bench
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache
+	rm -rf .venv .pytest_cache .ruff_cache

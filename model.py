@@ -72,6 +72,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, settings):
         super().__init__()
+        self.encoder = encoder
         size = encoder.config.hidden_size
         features = size
         self.dense = None
@@ -88,7 +89,7 @@ class Classifier(nn.Module):
             parts += [nn.Linear(features, settings.hidden), nn.ReLU(), nn.Dropout(settings.dropout)]
             features = settings.hidden
         self.classifier = nn.Sequential(*parts, nn.Linear(features, len(settings.labels)))
-        self.encoder, self.settings = encoder, settings
+        self.settings = settings
 
     def forward(self, batch):
         """input_ids, attention_mask, token_type_ids (B, T) -> logits (B, C)."""
@@ -193,7 +194,9 @@ def predict(model, batches, count, dtype, desc=None):
     model.eval()
     device = next(model.parameters()).device
     logits = torch.zeros(count, len(model.settings.labels), device=device)
-    bar = progress_bar(total=count, unit="row", desc=desc, leave=False, disable=desc is None)
+    bar = progress_bar(
+        total=count, unit="row", desc=desc, leave=False, delay=2, disable=desc is None
+    )
     with autocast(device, dtype), bar:  # around the loop: the weights are cast once
         for batch in batches:
             batch = to_device(batch, device)

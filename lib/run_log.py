@@ -102,7 +102,7 @@ class Log:
 
 
 def metric_rows(scores, when):
-    """The rows of metrics.jsonl for an Evaluation; scores: {(split, language): (accuracy, loss)}."""
+    """Rows of metrics.jsonl for an Evaluation; scores: {(split, language): (accuracy, loss)}."""
     whole = when.epoch == int(when.epoch)
     rows = []
     for (split, language), (accuracy, loss) in scores.items():

@@ -1,14 +1,17 @@
-"""Pre-train a miniature multilingual BERT on row-parallel text: masked language modelling on single sentences, and on
-pairs of translations (TLM).
+"""Pre-train a miniature multilingual BERT on row-parallel text: masked language modelling on single
+sentences, and on pairs of translations (TLM).
 
     python sample/make_data.py
     python sample/pretrain.py --data sample/parallel --vocab sample/vocab.txt --out sample/model
 
-Reads   DATA/SPLIT.LANG.tsv (a data set folder whose files are row-parallel), and the WordPiece vocabulary; where VOCAB
-        does not exist it is trained on DATA first. The trainer gives another one each time: keep the file.
-Writes  OUT/model.safetensors (float16), OUT/config.json, the tokenizer, OUT/pretrain.json (command, loss, seconds).
-Follows Lample and Conneau (2019), section 3.3, with BERT's masking; 12 blocks, so that layer numbers mean what they
-        mean in the paper. The same vocabulary, seed and number of threads give the same weights on the same machine.
+Reads   DATA/SPLIT.LANG.tsv (a data set folder whose files are row-parallel), and the WordPiece
+        vocabulary; where VOCAB does not exist it is trained on DATA first. The trainer gives
+        another one each time: keep the file.
+Writes  OUT/model.safetensors (float16), OUT/config.json, the tokenizer, OUT/pretrain.json (command,
+        loss, seconds).
+Follows Lample and Conneau (2019), section 3.3, with BERT's masking; 12 blocks, so that layer
+        numbers mean what they mean in the paper. The same vocabulary, seed and number of threads
+        give the same weights on the same machine.
 """
 
 import argparse
@@ -34,7 +37,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def train_vocabulary(path, texts, size):
-    """Train and write a lower-casing, accent-stripping WordPiece vocabulary of `size` pieces, as M-BERT uncased has."""
+    """Train and write a lower-casing, accent-stripping WordPiece vocabulary of `size` pieces, as
+    M-BERT uncased has."""
     trainer = BertWordPieceTokenizer(lowercase=True)
     trainer.train_from_iterator(
         texts, vocab_size=size, min_frequency=2, limit_alphabet=size // 2, special_tokens=SPECIAL
@@ -45,9 +49,11 @@ def train_vocabulary(path, texts, size):
 
 
 def examples(encoded, random, pairs):
-    """Endless training examples: (ids, where the second text begins). A share `pairs` of them are TLM's.
+    """Endless training examples: (ids, where the second text begins). A share `pairs` of them are
+    TLM's.
 
-    encoded: an Encoded for each language, row-parallel. A pair is a row in one language and its translation in another.
+    encoded: an Encoded for each language, row-parallel. A pair is a row in one language and its
+    translation in another.
     """
 
     def row(language, i):
@@ -65,10 +71,11 @@ def examples(encoded, random, pairs):
 
 
 def batches(stream, random, tokens, limit, pool=4096):
-    """Endless batches of one rounded width each: ids (B, T), 0 for padding, and the second text's beginning (B,).
+    """Endless batches of one rounded width each: ids (B, T), 0 for padding, and the second text's
+    beginning (B,).
 
-    B is tokens / T, so that there is one shape for each width: `pool` examples are sorted, and those that do not fill a
-    batch wait for the next pool.
+    B is tokens / T, so that there is one shape for each width: `pool` examples are sorted, and
+    those that do not fill a batch wait for the next pool.
     """
     waiting = {}
     while True:
@@ -88,10 +95,11 @@ def batches(stream, random, tokens, limit, pool=4096):
 
 
 def mask_tokens(ids, random, vocabulary, rate, mask_id):
-    """BERT's masking: `rate` of the real tokens are predicted; 80 % become [MASK], 10 % another piece, 10 % stay.
+    """BERT's masking: `rate` of the real tokens are predicted; 80 % become [MASK], 10 % another
+    piece, 10 % stay.
 
-    ids (B, T) -> changed ids (B, T), flat positions (K,) and what stood there (K,); K is a multiple of 32, so that
-    there are few shapes.
+    ids (B, T) -> changed ids (B, T), flat positions (K,) and what stood there (K,); K is a multiple
+    of 32, so that there are few shapes.
     """
     real = np.flatnonzero(ids >= len(SPECIAL))
     count = max(32, int(rate * len(real)) // 32 * 32)
@@ -268,8 +276,8 @@ def main(argv=None):
         },
     )
     print(
-        f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, {seen / 1e6:.1f}M tokens, "
-        f"{seconds:.0f} s"
+        f"{args.out}: {sum(p.numel() for p in model.bert.parameters()):,} parameters, "
+        f"{seen / 1e6:.1f}M tokens, {seconds:.0f} s"
     )
     return 0
 

@@ -1,13 +1,18 @@
-"""What the sample data can say, and how a lexicon turns a meaning into a sentence. Imported by ../make_data.py.
+"""What the sample data can say, and how a lexicon turns a meaning into a sentence. Imported by
+../make_data.py.
 
 The format of LANG.txt: `== section` opens a section, `#` a comment; one entry or phrasing a line.
-    == forms         `m: the=der {} ; acc=den {}`: the forms that a class of nouns has; {} is the noun
+    == forms         `m: the=der {} ; acc=den {}`: the forms that a class of nouns has; {} is the
+      noun
     == slot NAME     `key: [class] word [; form=text ...]`; the keys are the same in every language
-    == say FRAME     ways to say an intent's frame      == fact TOPIC.ATTRIBUTE [yes|no]   ways to state a fact;
+    == say FRAME     ways to say an intent's frame      == fact TOPIC.ATTRIBUTE [yes|no]   ways to
+      state a fact;
                      a line with `& ` is the short form for the second half of a sentence
-    == habit         `probability old>new ; old>new`: a spelling habit, applied to the finished text; _ is a space
-In a phrasing: {slot}, {slot.form}, {colour.@product} (the form named after the product's class), {slot?a|b} (the word that
-agrees with the slot's gender, in the order of `genders`), [a|b] (any of these).
+    == habit         `probability old>new ; old>new`: a spelling habit, applied to the finished
+      text; _ is a space
+In a phrasing: {slot}, {slot.form}, {colour.@product} (the form named after the product's class),
+{slot?a|b} (the word that agrees with the slot's gender, in the order of `genders`), [a|b] (any of
+these).
 """
 
 import re
@@ -60,7 +65,8 @@ FRAMES = {  # intent.frame: the slots that make up its meaning
     "payment.amount": "amount weekday",
     "payment.order": "order method",
 }
-FACTS = {  # topic: what it is about, and its attributes with the slot of their value (yes/no where there is none)
+# topic: what it is about, and its attributes with the slot of their value (yes/no where none)
+FACTS = {
     "order": (
         "product",
         dict(
@@ -107,7 +113,8 @@ MARKS = ".!?。！？؟۔"
 
 
 def read_lexicon(path):
-    """One language's file -> {section: [line, ...]}, slot sections as {key: {form: text}}; form "" is the bare word."""
+    """One language's file -> {section: [line, ...]}, slot sections as {key: {form: text}}; form ""
+    is the bare word."""
     lexicon, section = {}, None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = line.strip()
@@ -122,9 +129,10 @@ def read_lexicon(path):
                     f"{path}, line {number}: expected a line '== section' before '{line}'"
                 )
             lexicon[section].append(line)
-    pairs = lambda text: dict(
-        part.strip().split("=", 1) for part in text.split(" ; ") if "=" in part
-    )
+
+    def pairs(text):
+        return dict(part.strip().split("=", 1) for part in text.split(" ; ") if "=" in part)
+
     forms = {
         key.strip(): pairs(rest) for key, rest in (line.split(":", 1) for line in lexicon["forms"])
     }
@@ -154,7 +162,8 @@ def read_lexicon(path):
 
 
 def check_lexicon(lexicon, reference, language):
-    """ValueError naming the section, key or slot that a language lacks, held against the first language."""
+    """ValueError naming the section, key or slot that a language lacks, held against the first
+    language."""
     problems = [f"no section '{name}'" for name in reference if name not in lexicon]
     problems += [
         f"unknown section '{name}': {LANGUAGES[0]}.txt has none"
@@ -251,7 +260,8 @@ def values(slot, lexicon):
 
 
 def message(frame, meaning, lexicon, rng):
-    """An intent's frame and meaning -> what a customer writes, perhaps with a greeting and a closing word."""
+    """An intent's frame and meaning -> what a customer writes, perhaps with a greeting and a
+    closing word."""
     glue = "" if lexicon["language"]["name"] == "Chinese" else " "
     body = fill(rng.choice(lexicon[f"say {frame}"]), meaning, lexicon, rng)
     asks = body[-1] in "?？؟"
@@ -266,7 +276,8 @@ def message(frame, meaning, lexicon, rng):
 
 
 def statement(topic, facts, lexicon, rng):
-    """[(attribute, meaning), ...] -> a sentence that states them, the second one in its short form; not yet `spell`ed."""
+    """[(attribute, meaning), ...] -> a sentence that states them, the second one in its short form;
+    not yet `spell`ed."""
     parts = []
     for attribute, meaning in facts:
         name = f"fact {topic}.{attribute}" + (f" {meaning['is']}" if "is" in meaning else "")
