@@ -50,10 +50,10 @@ from data import (
     sorted_batches,
     take,
     train_language,
-    write_table,
 )
 from extract import pool_all, to_dtype
 from grid_search import confusion_matrices, train_models
+from lib.archives import write_columns
 from lib.devices import autocast, pick_device, pick_precision, to_device
 from lib.encoders import drop_pooler, load_encoder
 from lib.folders import versions, write_atomic, write_json
@@ -460,7 +460,7 @@ def our_training(model, rows, batch_size, precision, epochs, *flags):
     ):
         (Path(folder) / "labels.txt").write_text("".join(f"class {i}\n" for i in classes))
         for split, count in (("train", len(rows.labels)), ("dev", 1)):
-            write_table(
+            write_columns(
                 Path(folder) / f"{split}.en.tsv",
                 {name: column[:count] for name, column in names.items()},
             )
