@@ -97,9 +97,9 @@ def report(results):
 
 
 INTERVALS = f"""
-In brackets the 95 % interval over rows and seeds: the seeds' mean, rows that belong together resampled
-together ({RESAMPLES:,} times), and Student's t for the seeds.
-* p < {LEVEL} after Holm's correction over the languages. † One seed: of the rows alone, without star.
+In brackets the 95 % interval over rows and seeds: {RESAMPLES:,} resamples of the rows (those that belong
+together are drawn together) for the seeds' mean, and Student's t for the seeds.
+* p < {LEVEL} after Holm's correction over the languages. † One seed: the rows' interval, no star.
 """
 
 
@@ -120,9 +120,7 @@ def accuracy_table(results):
     def row(name, scores, deviation=None):
         cells = [name]
         for language in languages:
-            cell = ""
-            if language in scores:
-                cell = f"{100 * scores[language]:.1f}"
+            cell = percent([scores[language]] if language in scores else [])
             if language in scores and deviation:
                 cell += f" ±{100 * deviation[language]:.1f}"
             cells.append(cell)
