@@ -1,329 +1,409 @@
-"""Accuracy by language of one or more runs, beside the paper's table; predictions for a user's own text.
+"""Accuracy by language of one or more runs, beside the paper's table; labels for a user's own text.
 
-    python evaluate.py runs/baseline runs/mc-bert runs/mc-bert-wf --data data/xnli --split test --out results/xnli
-    python evaluate.py runs/baseline --translate-train runs/de runs/es --data data/xnli --out results/xnli
-    python evaluate.py runs/mc-bert-wf --input my.tsv --predictions out.tsv
+    python evaluate.py runs/baseline runs/mc-bert --data data/xnli --split test --out results/xnli
+    python evaluate.py runs/baseline --translate-train runs/de runs/es --data data/xnli --out out
+    python evaluate.py runs/mc-bert --input my.csv --text body --predictions labelled.csv
 
 Reads   RUN/run.json, RUN/metrics.jsonl, RUN/epochs/K/ and DATA/SPLIT.*.tsv.
-Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npy, the logits, which a
-        second call reads instead of the model, and origins.json, which data they are of. With --input: --predictions.
+        With --input: that file, and a run or any folder with a classifier.json (grid/x/model).
+Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npz,
+        the logits, which a second call reads instead of the model. With --input: --predictions.
 Paper   sections 1.5 and 1.7, Table 1.
-
-Is one system better than another on the same rows, or is it luck? The rows of a test set are not independent (XNLI has
-three hypotheses a premise, and translations of one sentence), so whole clusters are resampled: Efron and Tibshirani
-(1993), section 8. What a resample varies is the test rows; the seeds are averaged over, not resampled.
 """
 
 import argparse
 import re
+import sys
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data import (
+    Rows,
     encode,
     eval_batches,
+    group_numbers,
     kind,
     load_tokenizer,
     read_labels,
     read_sets,
-    read_table,
     split_languages,
+    split_path,
     take,
-    write_table,
 )
+from lib.archives import label_index, read_columns, write_columns
 from lib.devices import pick_device, pick_precision
 from lib.encoders import check_length, check_tokens
-from lib.folders import load_array, read_json, read_run, sha256, write_atomic, write_json
-from lib.messages import UserError, cli, in_range, out_of_memory
+from lib.folders import read_json, read_run, sha256, write_atomic, write_json
+from lib.messages import UserError, cli, in_range, out_of_memory, say_once
 from lib.scores import PROTOCOLS, choose_epochs, group_runs, spread
-from lib.significance import difference, parallel
+from lib.significance import RESAMPLES, compare, parallel
 from lib.tables import PAPER_LANGUAGES, PAPER_TABLE, PUBLISHED, paper_order, report
 from model import load_model, predict
 
-# --- what a run folder says --------------------------------------------------------------------------------------
+
+class Split(NamedTuple):
+    """One split of a data set folder in several languages, in the order of the paper's table."""
+
+    folder: str
+    name: str  # dev or test
+    rows: dict  # {language: Rows}
 
 
-# --- logits ------------------------------------------------------------------------------------------------------
+class Run(NamedTuple):
+    """A run folder of train.py."""
+
+    folder: str
+    about: dict  # run.json
+    metrics: list  # the rows of metrics.jsonl
+
+    @property
+    def seed(self):
+        return self.about["arguments"]["seed"]
+
+    @property
+    def source(self):
+        """The language that it was trained on."""
+        return self.about["arguments"]["train_language"]
 
 
-def load_epoch(folder, epoch, run):
-    """The model a run kept after an epoch, on this machine's device: model, tokenizer, dtype of its products.
+class System(NamedTuple):
+    """Runs that are averaged: they differ in the seed alone, or are those of --translate-train."""
 
-    That is the run's --precision; fp16 without a GPU is "auto".
+    name: str
+    source: str | None  # the language that they were trained on; None: each counts in its own
+    runs: list
+
+
+# --- labels for texts ----------------------------------------------------------------------------
+
+
+def classify(folder, texts, batch_size=64, desc=None):
+    """Label N texts, or N pairs (text_a, text_b) by a model that was trained on pairs.
+
+    folder: a run of train.py, which counts at its last epoch, or any folder with a classifier.json
+    (grid/x/model, runs/x/epochs/mean). desc: what to call a progress bar.
+
+    Returns N labels, and the probabilities of all C labels, (N, C), in classifier.json's order:
+
+        labels, probabilities = classify("grid/tickets/model", ["wo ist mein geld"])
     """
+    texts = list(texts)
+    model = load(find_model(folder))
+    settings = model.classifier.settings
+    if not texts:
+        raise UserError("there are no texts to label")
+    pairs = not isinstance(texts[0], str)
+    if pairs != settings.pairs:
+        raise UserError(f"{folder} was trained on {kind(not pairs)}, these are {kind(pairs)}")
+    rows = Rows(*map(list, zip(*texts))) if pairs else Rows(texts)
+    logits = predict_rows(model, rows, batch_size, desc)  # (N, C)
+    labels = [settings.labels[best] for best in logits.argmax(1)]
+    return labels, torch.from_numpy(logits).double().softmax(1).numpy()
+
+
+class Model(NamedTuple):
+    """A trained model, ready to label on this machine."""
+
+    classifier: torch.nn.Module
+    tokenizer: object
+    dtype: torch.dtype  # of matrix products
+
+
+def find_model(folder, protocol="last"):
+    """The folder of a model: the one given, or of the epoch of a run that a protocol chooses."""
+    if (Path(folder) / "classifier.json").is_file():
+        if protocol != "last":
+            raise UserError(f"--epoch {protocol}: {folder} is one model, not a run")
+        return Path(folder)
+    run = Run(folder, *read_run(folder))
+    epochs = choose_epochs(run.metrics, protocol, [run.source], run.source, folder)
+    return kept_epoch(folder, epochs[run.source])
+
+
+def kept_epoch(folder, epoch):
+    """The folder of the model that a run kept after an epoch."""
     path = Path(folder) / "epochs" / str(epoch)
     if not path.is_dir():
         kept = sorted(p.name for p in path.parent.glob("[!.]*"))
         raise UserError(f"{folder} did not keep epoch {epoch}, but {' '.join(kept) or 'none'}")
-    model, device, precision = load_model(path), pick_device(), run["arguments"]["precision"]
-    check_length(model.encoder, run["arguments"]["max_length"])
-    if model.labels != run["labels"] or model.pairs != run["pairs"]:
-        raise UserError(
-            f"{path}/classifier.json and {folder}/run.json name different labels or texts"
-        )
-    precision = "auto" if precision == "fp16" and device.type == "cpu" else precision
-    return model.to(device), load_tokenizer(path), pick_precision(precision, device)
+    return path
 
 
-def predict_rows(model, tokenizer, dtype, rows, max_length, batch_size, desc):
-    """Logits of Rows by what load_epoch() gives: (N, C)."""
-    encoded = encode(tokenizer, rows, max_length)
-    check_tokens(model.encoder, encoded.ids)
+def load(path):
+    """The Model in a folder of model.save_model(). fp16 without a GPU is "auto"."""
+    device, classifier = pick_device(), load_model(path)
+    check_length(classifier.encoder, classifier.settings.max_length)
+    precision = classifier.settings.precision
+    if precision == "fp16" and device.type == "cpu":
+        precision = "auto"
+    dtype = pick_precision(precision, device)
+    return Model(classifier.to(device), load_tokenizer(path), dtype)
+
+
+def predict_rows(model, rows, batch_size, desc=None):
+    """Logits of Rows: (N, C) float32."""
+    max_length = model.classifier.settings.max_length
+    encoded = encode(model.tokenizer, rows, max_length)
+    check_tokens(model.classifier.encoder, encoded.ids)
+    batches = eval_batches(encoded, model.tokenizer.pad_token_id, max_length, batch_size)
     with out_of_memory(f"--batch-size {batch_size} is too much, try {max(1, batch_size // 2)}"):
-        return predict(
-            model,
-            eval_batches(encoded, tokenizer.pad_token_id, max_length, batch_size),
-            len(encoded.labels),
-            dtype,
-            desc,
-        )
+        return predict(model.classifier, batches, len(encoded.labels), model.dtype, desc)
 
 
-def run_logits(folder, run, epochs, data, split, sets, batch_size):
-    """Logits of a run, {language: (rows, C)}: saved ones where they fit the data, else from the model.
+def label_file(folder, protocol, source, target, names, batch_size):
+    """Copy a table with the label of each row's text and each label's probability beside it.
 
-    epochs: {language: epoch}; sets: {language: Rows}. Where a model is needed, it is loaded once for each epoch.
+    names: what the columns of the text, and of a pair's second text, are called; None: the usual.
     """
-    folder, logits, models = Path(folder), {}, {}
+    path = find_model(folder, protocol)
+    settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
+    columns, lines = read_columns(source)
+
+    # the columns to read, and those to add
+    usual = ["text_a", "text_b"] if settings["pairs"] else ["text"]
+    used = [name or default for name, default in zip(names, usual)]
+    added = ["prediction", *(f"p_{label}" for label in settings["labels"])]
+    for name in used:
+        if name not in columns:
+            raise UserError(
+                f"{source} has no column {name!r} but {', '.join(columns)}; {folder} was trained "
+                f"on {kind(settings['pairs'])}: name them with --text and --text-b"
+            )
+    for name in added:
+        if name in columns:
+            raise UserError(f"{source} has a column {name!r}, which would be lost: rename it")
+    known = {}  # {row: its label}
+    for row, label in enumerate(columns.get("label", [])):
+        if label:
+            label_index(label, settings["labels"], f"{source}, line {lines[row]}")
+            known[row] = label
+
+    # the labels
+    texts = columns[used[0]]
+    if settings["pairs"]:
+        texts = zip(texts, columns[used[1]])
+    labels, probabilities = classify(path, texts, batch_size, str(source))
+    columns["prediction"] = labels
+    for name, column in zip(added[1:], probabilities.T):
+        columns[name] = [f"{probability:.6f}" for probability in column]
+    write_columns(target, columns)
+    sentence = f"{target}: {len(labels):,} rows, by {path}"
+    if known:
+        accuracy = np.mean([labels[row] == label for row, label in known.items()])
+        sentence += f"; accuracy {100 * accuracy:.1f} on the {len(known):,} whose label is known"
+    print(sentence, file=sys.stderr if target == "-" else sys.stdout)
+
+
+# --- logits of a data set, which a run keeps -----------------------------------------------------
+
+
+def run_logits(folder, epochs, split, batch_size):
+    """A run's logits, {language: (N, C)}: kept ones of the same weights and rows, else the model's.
+
+    epochs: {language: epoch}. Where a model is needed, it is loaded once for each epoch.
+    """
+    logits, weights, models = {}, {}, {}
     for language, epoch in epochs.items():
-        path = folder / "predictions" / str(epoch) / f"{split}.{language}.npy"
-        rows, saved = sets[language], path.parent / "origins.json"
-        origin = {
-            "sha256": sha256(Path(data) / f"{split}.{language}.tsv"),
-            "rows": len(rows.labels),
-        }
-        origins = read_json(saved, "evaluate.py", {}) if saved.exists() else {}
-        if origins.get(path.name) != origin or not path.exists():
+        path = Path(folder) / "epochs" / str(epoch)
+        if epoch not in weights:
+            weights[epoch] = hash_weights(path)
+        rows = split.rows[language]
+        data = sha256(split_path(split.folder, split.name, language))
+        origin = {"data": data, "rows": len(rows.text_a), **weights[epoch]}
+        kept = Path(folder) / "predictions" / str(epoch) / f"{split.name}.{language}.npz"
+        values = read_logits(kept, origin)
+        if values is None:
             if epoch not in models:
-                models[epoch] = load_epoch(folder, epoch, run)
-            values = predict_rows(
-                *models[epoch],
-                rows,
-                run["arguments"]["max_length"],
-                batch_size,
-                f"{folder.name} epoch {epoch} {split} {language}",
-            )
-            with write_atomic(path, "wb") as file:
-                np.save(file, values)
-            write_json(saved, {**origins, path.name: origin})
-        logits[language] = np.array(
-            load_array(
-                path,
-                (len(rows.labels), len(run["labels"])),
-                remedy="delete it, and it is computed again",
-            )
-        )
+                models[epoch] = load(kept_epoch(folder, epoch))
+            desc = f"{Path(folder).name} epoch {epoch} {split.name} {language}"
+            values = predict_rows(models[epoch], rows, batch_size, desc)
+            keep_logits(kept, values, origin)
+        logits[language] = values
     return logits
 
 
-# --- differences -------------------------------------------------------------------------------------------------
+def hash_weights(path):
+    """SHA-256 of a model's two files; of none where the model was deleted and its logits kept."""
+    files = {"model": path / "model.safetensors", "classifier": path / "classifier.safetensors"}
+    return {name: sha256(file) for name, file in files.items() if file.exists()}
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+def read_logits(path, origin):
+    """The logits in a file of keep_logits(); None unless it is there, whole, and of `origin`."""
+    try:
+        with np.load(path) as kept:
+            if all(kept[key].item() == value for key, value in origin.items()):
+                return kept["logits"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        pass  # they are computed again
+    return None
 
 
-def is_xnli(data):
-    """Whether a data set folder was made from the XNLI archives."""
-    path = Path(data) / "sources.json"
-    return path.exists() and any(
-        "XNLI" in str(source) for source in read_json(path, "data.py", {}).values()
-    )
+def keep_logits(path, logits, origin):
+    """Write logits and what they are of. A run that cannot be written is evaluated all the same."""
+    try:
+        with write_atomic(path, "wb") as file:
+            np.savez(file, logits=logits, **origin)
+    except OSError as error:
+        say_once(f"note: {path.parent} cannot be written ({error.strerror}): no logits are kept")
 
 
-def check_run(folder, run, labels, rows, name):
-    """UserError unless a run has these labels and reads what Rows hold, pairs or single texts."""
-    if run["labels"] != labels:
-        raise UserError(
-            f"{folder} was trained for the labels {' '.join(run['labels'][:6])}, "
-            f"{name}/labels.txt says {' '.join(labels[:6])}"
-        )
-    if run["pairs"] != (rows.text_b is not None):
-        raise UserError(
-            f"{name} holds {kind(not run['pairs'])}, {folder} was trained on {kind(run['pairs'])}"
-        )
+# --- accuracy by language ------------------------------------------------------------------------
 
 
-def evaluate_run(folder, run, metrics, languages, sets, data, split, protocols, batch_size):
-    """One run in some languages: what results.json says of it, and whether it is right on each row under each protocol,
-    {protocol: {language: (N,) bool}}. sets: {language: Rows}."""
-    source, found, rights = run["arguments"]["train_language"], {}, {}
-    for name in protocols:
-        epochs = choose_epochs(metrics, name, languages, source, folder)
-        logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-        rights[name] = {
-            language: values.argmax(1) == sets[language].labels
-            for language, values in logits.items()
-        }
-        found[name] = {
-            "epochs": epochs,
-            "accuracy": {key: float(value.mean()) for key, value in rights[name].items()},
-        }
-    return {
-        "run": str(folder),
-        "seed": run["arguments"]["seed"],
-        "train_language": source,
-        **found[protocols[0]],
-        "protocols": found,
-    }, rights
-
-
-def average(scores, languages, of=np.mean):
-    """By language, the mean (or another function) of runs' {language: accuracy}, over those that have it."""
-    return {
-        language: float(of([score[language] for score in scores if language in score]))
-        for language in languages
-        if any(language in score for score in scores)
-    }
-
-
-def run_warnings(folder, run, metrics, accuracy, sets):
-    """A sentence for a run that is not finished, and for one that is near the largest class in some language."""
-    if not run["complete"]:
-        yield f"{folder} is not finished: its last epoch so far is {max(row['epoch'] for row in metrics)}"
-    chance = {
-        language: np.bincount(sets[language].labels).max() / len(sets[language].labels)
-        for language in accuracy
-    }
-    if low := [
-        f"{language} {100 * value:.1f} ({100 * chance[language]:.1f})"
-        for language, value in accuracy.items()
-        if value < chance[language] + 0.02
-    ]:
-        yield f"{folder} is within 2 points of chance (the largest class) or below in {', '.join(low)}"
-
-
-def compare(folders, translate, data, split, protocols, baseline, max_rows, batch_size, resamples):
-    """Evaluate runs on a split: the content of results.json, with accuracies as fractions.
-
-    `translate`: further runs that make one system, each counting in its own source language alone.
-    """
-    labels, languages = read_labels(data), paper_order(split_languages(data, split))
+def read_split(folder, name, max_rows=None):
+    """A Split of a data set folder, of at most so many rows a language."""
+    languages = paper_order(split_languages(folder, name))
     if not languages:
-        raise UserError(f"{data} has no {split} file (--split)")
-    sets = read_sets(data, [(split, language) for language in languages], labels)
-    sets = {language: take(rows, max_rows) for (_, language), rows in sets.items()}
-    count, folders = len(folders), [*folders, *translate]
-    runs, metrics = zip(*map(read_run, folders))
-    sources, seeds = ([run["arguments"][key] for run in runs] for key in ("train_language", "seed"))
-    for folder, run in zip(folders, runs):
-        check_run(folder, run, labels, sets[languages[0]], data)
-    for folder, source in zip(translate, sources[count:]):
-        if source not in languages:
+        raise UserError(f"{folder} has no {name} file (--split)")
+    sets = read_sets(folder, [(name, language) for language in languages], read_labels(folder))
+    return Split(folder, name, {key[1]: take(rows, max_rows) for key, rows in sets.items()})
+
+
+def open_run(folder, split):
+    """A Run. UserError unless it has the labels of a Split and was trained on what that holds."""
+    run = Run(folder, *read_run(folder))
+    labels, pairs = read_labels(split.folder), run.about["pairs"]
+    if run.about["labels"] != labels:
+        raise UserError(
+            f"{folder} was trained for the labels {' '.join(run.about['labels'][:6])}, "
+            f"{split.folder}/labels.txt says {' '.join(labels[:6])}"
+        )
+    if pairs != (next(iter(split.rows.values())).text_b is not None):
+        raise UserError(
+            f"{split.folder} holds {kind(not pairs)}, {folder} was trained on {kind(pairs)}"
+        )
+    return run
+
+
+def by_language(scores, protocol, function):
+    """A function of several runs' accuracies under a protocol: {language: value}."""
+    values = {}
+    for score in scores:
+        for language, accuracy in score["protocols"][protocol]["accuracy"].items():
+            values.setdefault(language, []).append(accuracy)
+    return {language: float(function(column)) for language, column in values.items()}
+
+
+def run_warnings(run, accuracies, split):
+    """What a reader of a run's {language: accuracy} should know: unfinished, or near chance."""
+    sentences, low = [], []
+    if not run.about["complete"]:
+        last = max(row["epoch"] for row in run.metrics)
+        sentences.append(f"{run.folder} is not finished: its last epoch so far is {last}")
+    for language, accuracy in accuracies.items():
+        labels = split.rows[language].labels
+        chance = np.bincount(labels).max() / len(labels)
+        if accuracy < chance + 0.02:
+            low.append(f"{language} {100 * accuracy:.1f} ({100 * chance:.1f})")
+    if low:
+        sentences.append(
+            f"{run.folder} is within 2 points of chance (the largest class) or below in "
+            f"{', '.join(low)}"
+        )
+    return sentences
+
+
+def open_systems(folders, translate, split):
+    """Run folders as Systems; `translate`: further ones that make one, each in its own language."""
+    runs = [open_run(folder, split) for folder in folders]
+    systems = []
+    for name, members in group_runs(folders, [run.about for run in runs]).items():
+        members = sorted((runs[i] for i in members), key=lambda run: run.seed)
+        systems.append(System(name, members[0].source, members))
+    runs = [open_run(folder, split) for folder in translate]
+    for run in runs:
+        if run.source not in split.rows:
             raise UserError(
-                f"--translate-train {folder}: {data} has no {split} file in its language, {source}"
+                f"--translate-train {run.folder}: {split.folder} has no {split.name} file in its "
+                f"language, {run.source}"
             )
-    groups = group_runs(folders[:count], runs[:count])
-    groups |= {"Translate-Train": range(count, len(folders))} if translate else {}
-    baseline = baseline or next(iter(groups))
-    if baseline not in groups:
-        raise UserError(f"--baseline {baseline}: the systems are {' '.join(groups)}")
+    if runs:
+        systems.append(System("Translate-Train", None, runs))
+    return systems
 
-    scores, right = zip(
-        *(
-            evaluate_run(
-                folder,
-                run,
-                rows,
-                languages if i < count else [source],
-                sets,
-                data,
-                split,
-                protocols,
-                batch_size,
-            )
-            for i, (folder, run, rows, source) in enumerate(zip(folders, runs, metrics, sources))
-        )
-    )
-    groups = {name: sorted(members, key=seeds.__getitem__) for name, members in groups.items()}
 
-    def against(mine, protocol, theirs, other, sources=sources[:count]):
-        paired = (
-            len(mine) > 1
-            and max(mine + theirs) < count
-            and [seeds[i] for i in mine] == [seeds[i] for i in theirs]
-        )
-        return difference(
-            [right[i][protocol] for i in mine],
-            [right[i][other] for i in theirs],
-            sets,
-            sources,
-            resamples,
-            paired,
-        )
+def evaluate_system(system, split, protocols, batch_size):
+    """What results.json says of a System, and whether its runs are right on each row:
+    {protocol: {language: {seed: (N,) bool}}}."""
+    entries, right = [], {protocol: {} for protocol in protocols}
+    for run in system.runs:
+        languages = list(split.rows) if system.source else [run.source]
+        found = {}
+        for protocol in protocols:
+            epochs = choose_epochs(run.metrics, protocol, languages, run.source, run.folder)
+            found[protocol] = {"epochs": epochs, "accuracy": {}}
+            for language, logits in run_logits(run.folder, epochs, split, batch_size).items():
+                answers = logits.argmax(1) == split.rows[language].labels  # (N, C) -> (N,)
+                found[protocol]["accuracy"][language] = float(answers.mean())
+                right[protocol].setdefault(language, {})[run.seed] = answers
+        entry = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
+        entries.append(entry | found[protocols[0]] | {"protocols": found})
+    means = {protocol: by_language(entries, protocol, np.mean) for protocol in protocols}
+    entry = {"name": system.name, "train_language": system.source, "runs": entries}
+    entry["mean"] = means[protocols[0]]
+    entry["std"] = by_language(entries, protocols[0], spread)
+    entry["protocols"] = means
+    return entry, right
 
-    systems, first = [], protocols[0]
-    for name, members in groups.items():
-        shown, own = [scores[i]["accuracy"] for i in members], {sources[i] for i in members}
-        systems.append(
-            {
-                "name": name,
-                "train_language": sources[members[0]] if members[0] < count else None,
-                "runs": [scores[i] for i in members],
-                "mean": average(shown, languages),
-                "std": average(shown, languages, spread),
-                "protocols": {
-                    p: average([scores[i]["protocols"][p]["accuracy"] for i in members], languages)
-                    for p in protocols
-                },
-                "protocol_differences": {
-                    p: against(members, p, members, first, own) for p in protocols[1:]
-                },
-            }
-        )
-        if name != baseline:
-            systems[-1]["difference"] = against(members, first, groups[baseline], first)
+
+def evaluate(systems, split, protocols, baseline, batch_size):
+    """Systems on a Split: the content of results.json.
+
+    protocols: which epochs to report, the first in the table. baseline: the name of the system to
+    compare with.
+    """
+    entries, right, warnings = [], {}, []
+    for system in systems:
+        entry, right[system.name] = evaluate_system(system, split, protocols, batch_size)
+        entries.append(entry)
+        for run, score in zip(system.runs, entry["runs"]):
+            warnings += run_warnings(run, score["accuracy"], split)
+
+    # differences between protocols, and between systems
+    first, together = protocols[0], parallel(split.rows)
+    groups = {language: group_numbers(rows) for language, rows in split.rows.items()}
+    sources = {system.source for system in systems}
+    for system, entry in zip(systems, entries):
+        own = {run.source for run in system.runs}
+        answers = right[system.name]
+        entry["protocol_differences"] = {}
+        for protocol in protocols[1:]:
+            difference = compare(answers[protocol], answers[first], groups, own, together)
+            entry["protocol_differences"][protocol] = difference
+        if system.name != baseline:
+            other = right[baseline][first]
+            entry["difference"] = compare(answers[first], other, groups, sources, together)
     return {
-        "data": str(data),
-        "split": split,
+        "data": str(split.folder),
+        "split": split.name,
         "epoch": first,
-        "rows": {language: len(rows.labels) for language, rows in sets.items()},
-        "parallel": parallel(sets),
+        "rows": {language: len(rows.labels) for language, rows in split.rows.items()},
+        "parallel": together,
         "baseline": baseline,
-        "resamples": resamples,
-        "systems": systems,
-        "warnings": [
-            sentence
-            for folder, run, rows, score in zip(folders, runs, metrics, scores)
-            for sentence in run_warnings(folder, run, rows, score["accuracy"], sets)
-        ],
+        "resamples": RESAMPLES,
+        "systems": entries,
+        "warnings": warnings,
     }
 
 
-# --- a user's own text -------------------------------------------------------------------------------------------
+def paper_tables(data):
+    """What stands beside the test sets of XNLI: the paper's Table 1 and other published results."""
+    path, tables = Path(data) / "sources.json", {}
+    if not path.exists() or "XNLI" not in str(read_json(path, "data.py")):
+        return {}
+    for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
+        tables[key] = {}
+        for name, values in table.items():
+            tables[key][name] = {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}
+    return tables
 
 
-def label_input(folder, protocol, source, target, batch_size):
-    """Write a copy of a .tsv of texts with the predicted label and each label's probability beside every row."""
-    run, metrics = read_run(folder)
-    labels, trained = run["labels"], run["arguments"]["train_language"]
-    rows, columns = read_table(source, labels, unknown=True)
-    check_run(folder, run, labels, rows, source)
-    epoch = choose_epochs(metrics, protocol, [trained], trained, folder)[trained]
-    logits = predict_rows(
-        *load_epoch(folder, epoch, run),
-        rows,
-        run["arguments"]["max_length"],
-        batch_size,
-        str(source),
-    )
-    probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
-    columns |= {"prediction": [labels[i] for i in logits.argmax(1)]}
-    columns |= {
-        f"p_{label}": [f"{p:.6f}" for p in column] for label, column in zip(labels, probabilities.T)
-    }
-    write_table(target, columns)
-    known = np.array(rows.labels or [-1]) >= 0
-    accuracy = (logits.argmax(1) == rows.labels)[known].mean() if known.any() else None
-    print(
-        f"{target}: {len(rows.text_a):,} rows, by epoch {epoch} of {folder}"
-        + (
-            f"; accuracy {100 * accuracy:.1f} on the {known.sum():,} whose label is known"
-            if known.any()
-            else ""
-        )
-    )
+# --- the command ---------------------------------------------------------------------------------
 
 
 def parse_args(argv):
@@ -342,8 +422,8 @@ def parse_args(argv):
         nargs="+",
         default=["last"],
         metavar="last|mean|en|joint|oracle|test|K",
-        help="epochs to report, the first in the table: the last (default); the mean of the weights "
-        "after each; the best on the source language's dev (en, true zero-shot), on the mean of "
+        help="epochs to report, the first in the table: the last (default); the mean of the "
+        "weights after each; the best on the source's dev (en, true zero-shot), on the mean of "
         "the other languages' dev (joint), for each language on its own dev (oracle), on the mean "
         "of the other languages' test sets (test: the paper's own way, too high by the choice; "
         "needs train.py --track-test); or a number",
@@ -376,77 +456,65 @@ def parse_args(argv):
         metavar="NAME",
         help="system to compare the others with (default: the first run's)",
     )
-    group.add_argument(
-        "--resamples",
-        type=in_range(int, 1),
-        default=10_000,
-        metavar="N",
-        help="of the bootstrap (default: 10000)",
-    )
-    group = parser.add_argument_group("your own text, with one run")
+    group = parser.add_argument_group("your own text, with one run or one folder of a model")
     group.add_argument(
         "--input",
-        metavar="TSV",
-        help="file with a header: text, or text_a and text_b; label where known; any other columns",
+        metavar="FILE",
+        help="table of texts with a header, .csv, .tsv or .jsonl; - is standard input (.tsv); "
+        "with a column label, accuracy is printed",
     )
     group.add_argument(
         "--predictions",
-        metavar="TSV",
-        help="file to write: the input with predictions and probabilities",
+        metavar="FILE",
+        help="table to write, .csv, .tsv or .jsonl, - is standard output (.tsv): the input with "
+        "predictions and probabilities",
     )
+    group.add_argument("--text", metavar="COLUMN", help="(default: text, or text_a of pairs)")
+    group.add_argument("--text-b", metavar="COLUMN", help="second text of pairs (default: text_b)")
     args = parser.parse_args(argv)
     for epoch in args.epoch:
         if epoch not in PROTOCOLS and not re.fullmatch(r"\d+", epoch):
             parser.error(f"--epoch {epoch}: expected {', '.join(PROTOCOLS)} or a number")
     if not args.runs + args.translate_train:
         parser.error("name a run folder of train.py, or more")
-    if args.input is None and (args.data is None or args.out is None):
+    for_table = args.data or args.out or args.max_rows or args.baseline or args.translate_train
+    for_text = args.predictions or args.text or args.text_b
+    if args.input is None and (for_text or args.data is None or args.out is None):
+        parser.error("give --data and --out for a table, or --input and --predictions for text")
+    if args.input is not None and for_table:
         parser.error(
-            "give --data and --out for a table, or --input and --predictions for your own text"
+            "--input labels your own text: leave out --data, --out, --max-rows, --baseline, "
+            "--translate-train"
         )
     if args.input is not None and (
-        args.predictions is None
-        or len(args.runs) != 1
-        or args.epoch[0] == "oracle"
-        or len(args.epoch) > 1
+        args.predictions is None or len(args.runs + args.epoch) > 2 or args.epoch == ["oracle"]
     ):
         parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
-    if args.input is not None and (
-        args.data or args.out or args.max_rows or args.baseline or args.translate_train
-    ):
-        parser.error(
-            "--input labels your own text: leave out --data, --out, --max-rows, --baseline, --translate-train"
-        )
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.input is not None:
-        label_input(args.runs[0], args.epoch[0], args.input, args.predictions, args.batch_size)
+        names = [args.text, args.text_b]
+        tables = args.input, args.predictions
+        label_file(args.runs[0], args.epoch[0], *tables, names, args.batch_size)
         return 0
-    results = compare(
-        args.runs,
-        args.translate_train,
-        args.data,
-        args.split,
-        list(dict.fromkeys(args.epoch)),
-        args.baseline,
-        args.max_rows,
-        args.batch_size,
-        args.resamples,
-    )
-    if args.split == "test" and is_xnli(args.data):
-        for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
-            results[key] = {
-                name: {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}
-                for name, values in table.items()
-            }
+    split = read_split(args.data, args.split, args.max_rows)
+    systems = open_systems(args.runs, args.translate_train, split)
+    names = [system.name for system in systems]
+    baseline = args.baseline or names[0]
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline}: the systems are {' '.join(names)}")
+    protocols = list(dict.fromkeys(args.epoch))
+    results = evaluate(systems, split, protocols, baseline, args.batch_size)
+    if args.split == "test":
+        results |= paper_tables(args.data)
     text = report(results)
     write_json(Path(args.out) / "results.json", results)
     with write_atomic(Path(args.out) / "results.md") as file:
         file.write(text)
-    print(text + f"\nwritten to {args.out}/")
+    print(f"{text}\nwritten to {args.out}/")
     return 0
 
 

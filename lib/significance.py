@@ -1,121 +1,161 @@
-"""Intervals over rows and seeds, Holm's correction, verdicts."""
+"""Is one system better than another, or is it luck? Intervals, Holm's correction, verdicts.
 
-import math
+Two things vary. The rows of a test set: they are not independent (XNLI has three hypotheses a
+premise, and translations of one sentence), so whole groups are resampled (Efron and Tibshirani
+1993, section 8). And the seeds of training: to each resample of the S seeds' mean a draw of
+Student's t is added, with S - 1 degrees of freedom, times the seeds' standard deviation over
+sqrt(S).
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
-
-def premise_clusters(rows):
-    """Number the rows' distinct premises in order of appearance: Rows -> (N,) int64; each single text is a cluster."""
-    numbers = {}
-    keys = rows.text_a if rows.text_b else range(len(rows.text_a))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+RESAMPLES = 10_000
+LEVEL = 0.05
+MARGIN = 0.01  # "no gain": A is better than B by less than this
 
 
-def bootstrap_difference(differences, clusters, resamples=10_000, seed=0):
-    """Cluster bootstrap of mean differences between two systems on the same rows.
+class Interval(NamedTuple):
+    """A mean difference of two systems, its 95 % interval, and a two-sided p-value; fractions."""
 
-    differences (N, L): for each row and language, correctness of A less that of B, each averaged over its seeds.
-    clusters (N,): the rows with one number are drawn together. Each resample draws as many clusters as there are, with
-    replacement, the same ones in every language.
+    difference: float
+    low: float
+    high: float
+    p: float
+    by_seed: list  # the difference of each seed; [] where seeds cannot be paired
+    seeds: int  # how many it counts; 1: it is of the rows alone, for no star and no verdict
 
-    Returns the mean (L,), the 95 % interval's ends (L,), (L,) by percentiles, and the two-sided p-value (L,): twice the
-    smaller share of resamples on either side of 0, which inverts that interval.
+
+def intervals(differences, groups, baseline=None):
+    """Compare two systems on the same N rows: an Interval for each of L columns.
+
+    differences (S, N, L): for each seed, row and column (a language) how right A is less how right
+    B is. Where A and B have other seeds, they are A's alone, and baseline (S', N, L) is B's: then
+    the variance over seeds is that of A over S plus that of B over S', with min(S, S') - 1 degrees
+    of freedom.
+    groups (N,): the rows with one number are drawn together, the same ones in every column.
+
+    The ends are percentiles of the resamples. p is twice the smaller share of them on either side
+    of 0, which inverts the interval.
     """
-    differences = np.asarray(differences, dtype=float)
-    count = int(clusters.max()) + 1
-    sums = np.zeros((count, differences.shape[1]))
-    np.add.at(sums, clusters, differences)
-    sizes = np.bincount(clusters, minlength=count).astype(float)
-    random, draws, chunk = (
-        np.random.default_rng(seed),
-        [],
-        max(1, min(1000, 10_000_000 // count)),
-    )  # to bound memory
-    for start in range(0, resamples, chunk):
-        n = min(chunk, resamples - start)
-        picked = random.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
-        weights = np.bincount(picked.ravel(), minlength=n * count).reshape(n, count).astype(float)
-        draws.append(weights @ sums / (weights @ sizes)[:, None])
-    draws = np.concatenate(draws)  # (resamples, L)
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    random = np.random.default_rng(0)
+    parts = [differences] if baseline is None else [differences, -baseline]
+    seeds = min(len(part) for part in parts)
+    by_row = sum(part.mean(0) for part in parts)  # (N, L)
+    means = resampled_means(by_row, groups, random)  # (RESAMPLES, L)
+    if seeds > 1:
+        variance = sum(part.mean(1).var(0, ddof=1) / len(part) for part in parts)  # (L,)
+        means += random.standard_t(seeds - 1, size=means.shape) * np.sqrt(variance)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
     # a mean that is 0 but for rounding counts on both sides
-    tails = [(1 + (sign * draws <= 1e-12).sum(0)) / (resamples + 1) for sign in (1, -1)]
-    return differences.mean(0), low, high, np.minimum(1, 2 * np.minimum(*tails))
+    below = (1 + (means <= 1e-12).sum(0)) / (RESAMPLES + 1)
+    above = (1 + (means >= -1e-12).sum(0)) / (RESAMPLES + 1)
+    p = np.minimum(1, 2 * np.minimum(below, above))
+    numbers = np.stack([by_row.mean(0), low, high, p], axis=1).tolist()  # (L, 4)
+    by_seed = differences.mean(1).T.tolist() if baseline is None else [[]] * len(numbers)
+    return [Interval(*row, each, seeds) for row, each in zip(numbers, by_seed)]
+
+
+def resampled_means(values, groups, random):
+    """Means of as many groups as there are, drawn with replacement: (N, L) -> (RESAMPLES, L)."""
+    count = int(groups.max()) + 1
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, groups, values)
+    sizes = np.bincount(groups, minlength=count).astype(float)
+    chunk = max(1, min(1000, 10_000_000 // count))  # to bound memory
+    means = []
+    for start in range(0, RESAMPLES, chunk):
+        n = min(chunk, RESAMPLES - start)
+        drawn = random.integers(count, size=(n, count)) + count * np.arange(n)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=n * count).reshape(n, count).astype(float)
+        means.append(weights @ sums / (weights @ sizes)[:, None])
+    return np.concatenate(means)
 
 
 def holm(p_values):
-    """Holm's (1979) step-down correction of several p-values: (L,) -> (L,), each at least as large as before."""
+    """Holm's (1979) step-down correction of several p-values: (L,) -> (L,), none smaller."""
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values, kind="stable")
-    corrected = np.empty_like(p_values)
     stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    corrected = np.empty_like(p_values)
     corrected[order] = np.minimum(1, stepped)
     return corrected
 
 
-def mcnemar(right_a, right_b):
-    """McNemar's (1947) exact test of two single runs, from the rows where just one is right: two-sided p-value.
+def verdict(interval, p, way):
+    """What an Interval of A - B says of a claim: supported, not supported or undecided.
 
-    right_a, right_b: (N,) bool. Rows count as independent here, which clusters are not: information, not the verdict.
+    p: the interval's, after Holm's correction over the claims. way "better": A is better than B.
+    "no gain": A is not better than B by MARGIN, which the interval's upper end alone decides.
     """
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    n = only_a + only_b
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n)
+    above = interval.low > 0 and p < LEVEL
+    below = interval.high < 0 and p < LEVEL
+    if way == "no gain":
+        supported, refuted = interval.high < MARGIN, above
+    else:
+        supported, refuted = above, below
+    if interval.seeds > 1 and supported:
+        return "supported"
+    if interval.seeds > 1 and refuted:
+        return "not supported"
+    return "undecided"
+
+
+# --- systems in several languages --------------------------------------------------------------
 
 
 def parallel(sets):
-    """Whether the languages of {language: Rows} have the same classes row by row, as translations have."""
+    """Whether languages' Rows, {language: Rows}, have the same classes, as translations have."""
     first, *others = sets.values()
     return all(rows.labels == first.labels for rows in others)
 
 
-def difference(right, baseline, sets, sources, resamples, paired=False):
-    """A system against another on the same rows: {language: difference, interval, p-values}.
+def compare(system, baseline, groups, sources, together):
+    """A system against another on the same rows: {language: an Interval's fields, and p_holm, its p
+    after Holm's correction over the languages}.
 
-    right, baseline: lists of each run's {language: (N,) bool}, `paired` when they are of the same seeds in the same
-    order: then `by_seed` is the difference of each seed. sets: {language: Rows}. Where rows are parallel, `others` is
-    the mean over the languages that are not in `sources`, and resamples are of the same rows in every language. The
-    Holm correction is over the languages, not over it.
+    system, baseline: whether it is right, {language: {seed: (N,) bool}}. groups: {language: (N,)}.
+    together: the languages' rows are translations, so that resamples are of the same rows in every
+    language, of the source's groups; `others`, which is not corrected, is then the mean over the
+    languages that are not in `sources`.
     """
-    shared = [
-        language
-        for language in sets
-        if any(language in run for run in right) and any(language in run for run in baseline)
-    ]
-    together = shared and parallel({language: sets[language] for language in shared})
+    shared = [language for language in groups if language in system and language in baseline]
+    found = {}
+    for languages in [shared] if together else [[language] for language in shared]:
+        seeds, right = stack(system, languages)
+        other_seeds, other_right = stack(baseline, languages)
+        parts = [right - other_right] if seeds == other_seeds else [right, other_right]
+        names = list(languages)
+        others = [i for i, language in enumerate(languages) if language not in sources]
+        if len(others) > 1:
+            names.append("others")
+            parts = [with_mean(part, others) for part in parts]
+        source = next((language for language in languages if language in sources), languages[0])
+        for name, interval in zip(names, intervals(parts[0], groups[source], *parts[1:])):
+            found[name] = interval._asdict()
+    for language, p in zip(shared, holm([found[language]["p"] for language in shared])):
+        found[language]["p_holm"] = float(p)
+    return found
 
-    def mean(runs, language):
-        return np.mean([run[language] for run in runs if language in run], axis=0)
 
-    def by_row(right, baseline):
-        columns = {
-            language: mean(right, language) - mean(baseline, language) for language in shared
-        }
-        others = [columns[language] for language in shared if language not in sources]
-        return columns | (
-            {"others": np.mean(others, axis=0)} if together and len(others) > 1 else {}
-        )
+def stack(system, languages):
+    """The seeds of a system, and whether it is right: (S, N, L).
 
-    columns = by_row(right, baseline)
-    groups = [list(columns)] if together else [[language] for language in shared]
-    rows = {}
-    for group in groups:
-        clusters = premise_clusters(
-            sets[next((source for source in sources if source in group), group[0])]
-        )
-        found = bootstrap_difference(
-            np.stack([columns[name] for name in group], axis=1), clusters, resamples
-        )
-        rows |= {
-            name: dict(zip(("difference", "low", "high", "p"), map(float, values)))
-            for name, values in zip(group, zip(*found))
-        }
-    for a, b in zip(right, baseline) if paired else ():
-        for name, values in by_row([a], [b]).items():
-            rows[name].setdefault("by_seed", []).append(float(values.mean()))
-    for language, p in zip(shared, holm([rows[language]["p"] for language in shared])):
-        rows[language]["p_holm"] = float(p)
-        if len(right) == len(baseline) == 1:
-            rows[language]["p_mcnemar"] = mcnemar(right[0][language], baseline[0][language])
-    return rows
+    Where languages have different seeds, as Translate-Train's may, the mean over each one's seeds
+    counts as one.
+    """
+    seeds, columns = [], []
+    for language in languages:
+        runs = system[language]
+        seeds.append(sorted(runs))
+        columns.append(np.array([runs[seed] for seed in sorted(runs)], dtype=float))  # (S, N)
+    if seeds.count(seeds[0]) < len(seeds):
+        return [], np.stack([column.mean(0, keepdims=True) for column in columns], axis=2)
+    return seeds[0], np.stack(columns, axis=2)
+
+
+def with_mean(columns, some):
+    """Add the mean of some columns as a last one: (S, N, L) -> (S, N, L + 1)."""
+    mean = columns[:, :, some].mean(2, keepdims=True)
+    return np.concatenate([columns, mean], axis=2)
