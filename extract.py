@@ -236,7 +236,7 @@ def main(argv=None):
         if broadcast(
             rank == 0
             and start_folder(
-                out, "manifest.json", "extract.py", manifest, noted, overwrite=args.overwrite
+                out, "manifest.json", "extract.py", manifest | noted, noted, args.overwrite
             )
         ):
             if rank == 0:

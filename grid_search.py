@@ -55,7 +55,7 @@ from lib.hub import revision
 from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar, say_once
 from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
-from model import POOLINGS, Classifier, save_model
+from model import POOLINGS, Classifier, Settings, save_model
 
 POOL = 1 << 23  # random values that dropout's masks are cut from
 
@@ -435,15 +435,16 @@ def save_chosen(plan, key, classifier, folder):
     encoder, _ = load_encoder(manifest["model"])
     drop_pooler(encoder)
     cut_after(encoder, max(combination))
-    model = Classifier(
-        encoder,
-        manifest["labels"],
-        layers=combination,
+    settings = Settings(
+        labels=manifest["labels"],
+        layers=list(combination),
         pooling=pooling,
         dropout=plan.recipe.dropout,
         hidden=plan.recipe.hidden,
         pairs=manifest["pairs"],
+        max_length=manifest["max_length"],
     )
+    model = Classifier(encoder, settings)
     for parameter, trained in zip(model.classifier.parameters(), classifier.parameters()):
         parameter.data = trained.data.cpu()
     save_model(model, load_tokenizer(manifest["model"]), folder)
@@ -682,7 +683,7 @@ def main(argv=None):
         # 3. train those that are not kept yet
         if rank == 0:
             start_folder(
-                out, "run.json", "grid_search.py", description, noted, overwrite=args.overwrite
+                out, "run.json", "grid_search.py", description | noted, noted, args.overwrite
             )
             print(
                 f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x "
