@@ -363,10 +363,10 @@ def test_compiled_is_the_same_run_before_and_after_freezing(
 
     def compile_quickly(self, **settings):  # the kernels alone would take a minute
         asked.append(settings)
-        compile_(self, backend="aot_eager", **settings)
+        compile_(self, backend="eager", **settings)
 
     monkeypatch.setattr(train.Classifier, "compile", compile_quickly)
-    flags = "--layers 0 1 --freeze-layers 0 --freeze-epoch 1 --epochs 2"
+    flags = "--layers 0 1 --freeze-layers 0 --freeze-epoch 1 --epochs 2 --max-train-rows 26"
     fine_tune(tmp_path / "compiled", model_folder, data_folder, flags, "--compile")
     monkeypatch.setattr(train, "make_fast", lambda model: None)
     fine_tune(tmp_path / "plain", model_folder, data_folder, flags)
@@ -570,16 +570,10 @@ def test_the_same_run_is_complete_from_another_path_too(
     out = unstopped("epoch")
     files = [path for path in out.rglob("*") if path.name != ".lock"]
     before = [path.stat().st_mtime_ns for path in files]
-    data = shutil.copytree(data_folder, tmp_path / "copy")
-    model = shutil.copytree(model_folder, tmp_path / "model copy")
-    text = ""
-    for arguments in ((model_folder, f"{data_folder}/"), (model_folder, data)):
-        text += fine_tune(out, *arguments, SETTINGS["epoch"])
-    with contextlib.redirect_stdout(io.StringIO()) as last:
-        paths = ["--model", str(model), "--data", data_folder, "--out", str(out)]
-        train.main([*paths, *BASE.split(), *SETTINGS["epoch"].split()])
-    text += last.getvalue()
-    assert text == f"{out} is complete already: nothing to do\n" * 3
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    text = fine_tune(out, model, data, SETTINGS["epoch"])
+    assert text == f"{out} is complete already: nothing to do\n"
     assert before == [path.stat().st_mtime_ns for path in files]
 
 
@@ -720,12 +714,8 @@ def test_tensorboard_holds_the_metrics(auto_run):
             assert [scalar.value for scalar in scalars] == pytest.approx(values)
     assert set(board.Tags()["scalars"]) == names
     assert [scalar.step for scalar in board.Scalars("lr")] == list(range(1, 16))
-    frozen = [row["frozen_layers"] for row in rows if row["split"] == "train"]
     counts = [scalar.value for scalar in board.Scalars("frozen layers")]
-    assert counts == [len(layers) for layers in frozen]
-    texts = board.Tensors("frozen layers/text_summary")
-    texts = [event.tensor_proto.string_val[0].decode() for event in texts]
-    assert texts == [" ".join(map(str, layers)) or "none" for layers in frozen]
+    assert counts == [len(row["frozen_layers"]) for row in rows if row["split"] == "train"]
 
 
 def scripted(monkeypatch, **accuracies):
@@ -760,17 +750,6 @@ def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(
     text = fine_tune(tmp_path, model_folder, data_folder, QUICK, "--epochs 6 --track-test")
     assert list(map("".join, after)) == ["1", "12", "123", "1234", "12345", "12346"]
     assert "best epoch 2 by dev en, 1 by dev the others'\n" in text
-
-
-def test_kept_epochs_follow_from_the_metrics(auto_run):
-    """Evaluations in the midst of an epoch do not count: no model was saved there."""
-    columns = {"en": [], "de": [], "zh": []}
-    for row in metrics(auto_run.out):
-        if row["split"] == "dev" and isinstance(row["epoch"], int):
-            columns[row["language"]].append(row["accuracy"])
-    columns["joint"] = [(de + zh) / 2 for de, zh in zip(columns["de"], columns["zh"])]
-    best = {str(1 + int(np.argmax(column))) for column in columns.values()}
-    assert kept(auto_run.out) == sorted({"3", "mean"} | best)
 
 
 def test_run_json_describes_the_run(frozen_run):
@@ -853,29 +832,21 @@ def test_word_pieces_that_are_not_trained_on_stay_as_they_are_under_weight_decay
     assert set((start != end).any(1).nonzero().flatten().tolist()) == ids
 
 
-def test_max_rows_are_spread_evenly(model_folder, data_folder, tmp_path):
-    data = shutil.copytree(data_folder, tmp_path / "data")
-    for name, count in (("train.en", 17), ("dev.en", 5), ("dev.de", 5), ("dev.zh", 5)):
-        header, *lines = (data / f"{name}.tsv").read_text().splitlines(keepends=True)
-        chosen = [lines[int(i * len(lines) / count)] for i in range(count)]
-        (data / f"{name}.tsv").write_text(header + "".join(chosen))
-    fine_tune(tmp_path / "short", model_folder, data, "--layers 1 3")
-    limits = "--layers 1 3 --max-train-rows 17 --max-eval-rows 5"
-    fine_tune(tmp_path / "limited", model_folder, data_folder, limits)
-    assert metrics(tmp_path / "limited")[-1]["step"] == 6
-    assert_same_run(tmp_path / "short", tmp_path / "limited")
+def test_max_rows(model_folder, data_folder, tmp_path):
+    fine_tune(tmp_path, model_folder, data_folder, QUICK.replace("13", "17 --keep-all"))
+    train_row, *others = metrics(tmp_path)
+    assert train_row["step"] == 2 and len(others) == 3
+    for row, count in [(train_row, 17), *((row, 3) for row in others)]:
+        assert row["accuracy"] * count == pytest.approx(round(row["accuracy"] * count))
 
 
 def test_layers_from_a_search(model_folder, data_folder, tmp_path):
     best = tmp_path / "best.json"
     best.write_text('{"layers": [2, 3], "pooling": "mean", "select": "joint"}')
-    outs = tmp_path / "named", tmp_path / "from"
-    fine_tune(outs[0], model_folder, data_folder, QUICK, "--layers 2 3 --pooling mean")
     flags = QUICK.replace("--layers 1", f"--layers-from {best}")
-    text = fine_tune(outs[1], model_folder, data_folder, flags)
+    text = fine_tune(tmp_path / "run", model_folder, data_folder, flags)
     assert "mean pooling of layers 2 3, the 2 above cut off" in text
-    assert_same_run(*outs)
-    saved = json.loads((outs[1] / "epochs/1/classifier.json").read_text())
+    saved = json.loads((tmp_path / "run/epochs/1/classifier.json").read_text())
     assert saved["layers"] == [2, 3] and saved["pooling"] == "mean"
 
 
@@ -981,20 +952,6 @@ def test_the_others_are_all_but_the_source(flags, model_folder, german_data, tmp
     assert run["arguments"]["train_language"] == "de" and "train.de.tsv" in run["data"]
 
 
-def test_the_name_of_the_source_language_changes_no_weight(model_folder, german_data, tmp_path):
-    """The same rows as train.en.tsv: --train-language chooses between them."""
-    data = shutil.copytree(german_data, tmp_path / "data")
-    shutil.copy(data / "train.de.tsv", data / "train.en.tsv")
-    rows = []
-    for language in ("en", "de"):
-        flags = f"--layers 1 3 --keep-all --train-language {language}"
-        fine_tune(tmp_path / language, model_folder, data, flags)
-        rows.append([json.dumps(row) for row in metrics(tmp_path / language)])
-    assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])  # the source comes first
-    english, german = (weights(tmp_path / name / "epochs/mean") for name in ("en", "de"))
-    assert all(torch.equal(english[name], german[name]) for name in english)
-
-
 # --- what is not finite, and bad input ------------------------------------------------------------
 
 
@@ -1046,22 +1003,15 @@ FREEZE = "--freeze-layers 1 --freeze-epoch"
     "flags, message",
     [
         ("--freeze-layers 1 2", NEED),
-        ("--freeze-epoch 2", NEED),
-        (f"{FREEZE} soon", "--freeze-epoch soon: expected 0 to 4 (of --epochs 5), or auto"),
         (f"{FREEZE} 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs 5), or auto"),
         ("--head pooler --layers 1", "--head pooler reads [CLS] of the last layer: leave out"),
-        ("--head pooler --pooling mean", "--head pooler"),
-        ("--head pooler --layers-from x", "--head pooler"),
         ("--head pooler --combine mix", "--head pooler"),
         ("--freeze-layer 1", "unrecognized arguments: --freeze-layer 1"),
         ("--compile fast", "unrecognized arguments: fast"),
         ("--layers-from x --layers 1", "--layers-from gives the layers and the pooling: leave"),
-        ("--layers-from x --pooling cls", "--layers-from gives"),
         ("--layers-from no/such.json", "no/such.json does not exist: it is made by grid_search.py"),
         ("--layers-from {old}", "old.json lacks 'pooling': not made by this version of grid_sea"),
         ("--dropout 1", "--dropout: 1, expected 0 or more and less than 1"),
-        ("--seed 4294967296", "--seed: 4294967296, expected 0 or more and less than 4294967296"),
-        ("--lr nan", "--lr: nan, expected"),
     ],
 )
 def test_bad_flags(flags, message, script, tmp_path):
@@ -1099,9 +1049,6 @@ def test_automatic_freezing_needs_another_language(run, model_folder, tmp_path):
     words = "no dev file in another language than en, which --freeze-epoch auto needs"
     assert status == 2 and words in error
     assert run(*arguments)[0] == 0  # without it, English alone will do
-    (tmp_path / "data/dev.en.tsv").unlink()
-    status, _, error = run(tmp_path / "two", *arguments[1:])
-    assert status == 2 and "has no dev file" in error and "another language" not in error
 
 
 # --- signals and threads --------------------------------------------------------------------------
