@@ -1,13 +1,13 @@
 """Accuracy by language of one or more runs, beside the paper's table; labels for a user's own text.
 
     python evaluate.py runs/baseline runs/mc-bert --data data/xnli --split test --out results/xnli
-    python evaluate.py runs/baseline --translate-train runs/de runs/es --data data/xnli --out results
+    python evaluate.py runs/baseline --translate-train runs/de runs/es --data data/xnli --out out
     python evaluate.py runs/mc-bert --input my.csv --text body --predictions labelled.csv
 
 Reads   RUN/run.json, RUN/metrics.jsonl, RUN/epochs/K/ and DATA/SPLIT.*.tsv.
         With --input: that file, and a run or any folder with a classifier.json (grid/x/model).
-Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npz, the
-        logits, which a second call reads instead of the model. With --input: --predictions.
+Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/K/SPLIT.LANG.npz,
+        the logits, which a second call reads instead of the model. With --input: --predictions.
 Paper   sections 1.5 and 1.7, Table 1.
 """
 
@@ -40,12 +40,9 @@ from lib.encoders import check_length, check_tokens
 from lib.folders import read_json, read_run, sha256, write_atomic, write_json
 from lib.messages import UserError, cli, in_range, out_of_memory, say_once
 from lib.scores import PROTOCOLS, choose_epochs, group_runs, spread
-from lib.significance import Answers, compare, parallel
+from lib.significance import RESAMPLES, compare, parallel
 from lib.tables import PAPER_LANGUAGES, PAPER_TABLE, PUBLISHED, paper_order, report
 from model import load_model, predict
-
-
-TRANSLATE_TRAIN = "Translate-Train"  # the system of --translate-train
 
 
 class Split(NamedTuple):
@@ -73,14 +70,15 @@ class Run(NamedTuple):
         return self.about["arguments"]["train_language"]
 
 
-class Score(NamedTuple):
-    """What came of evaluating a run."""
+class System(NamedTuple):
+    """Runs that are averaged: they differ in the seed alone, or are those of --translate-train."""
 
-    entry: dict  # its place in results.json
-    answers: dict  # {protocol: Answers}
+    name: str
+    source: str | None  # the language that they were trained on; None: each counts in its own
+    runs: list
 
 
-# --- labels for texts -----------------------------------------------------------------------------
+# --- labels for texts ----------------------------------------------------------------------------
 
 
 def classify(folder, texts, batch_size=64, desc=None):
@@ -89,20 +87,21 @@ def classify(folder, texts, batch_size=64, desc=None):
     folder: a run of train.py, which counts at its last epoch, or any folder with a classifier.json
     (grid/x/model, runs/x/epochs/mean). desc: what to call a progress bar.
 
-    Returns N labels, and the probabilities of all labels, (N, C), in the order of classifier.json's:
+    Returns N labels, and the probabilities of all C labels, (N, C), in classifier.json's order:
 
         labels, probabilities = classify("grid/tickets/model", ["wo ist mein geld"])
     """
     texts = list(texts)
     model = load(find_model(folder))
+    settings = model.classifier.settings
     if not texts:
         raise UserError("there are no texts to label")
     pairs = not isinstance(texts[0], str)
-    if pairs != model.settings["pairs"]:
+    if pairs != settings.pairs:
         raise UserError(f"{folder} was trained on {kind(not pairs)}, these are {kind(pairs)}")
     rows = Rows(*map(list, zip(*texts))) if pairs else Rows(texts)
     logits = predict_rows(model, rows, batch_size, desc)  # (N, C)
-    labels = [model.settings["labels"][best] for best in logits.argmax(1)]
+    labels = [settings.labels[best] for best in logits.argmax(1)]
     return labels, torch.from_numpy(logits).double().softmax(1).numpy()
 
 
@@ -111,12 +110,11 @@ class Model(NamedTuple):
 
     classifier: torch.nn.Module
     tokenizer: object
-    settings: dict  # labels, pairs, max_length, precision
     dtype: torch.dtype  # of matrix products
 
 
 def find_model(folder, protocol="last"):
-    """The folder of a model: the one that is given, or of the epoch that a protocol chooses of a run."""
+    """The folder of a model: the one given, or of the epoch of a run that a protocol chooses."""
     if (Path(folder) / "classifier.json").is_file():
         if protocol != "last":
             raise UserError(f"--epoch {protocol}: {folder} is one model, not a run")
@@ -135,30 +133,20 @@ def kept_epoch(folder, epoch):
     return path
 
 
-def read_settings(path):
-    """labels, pairs, max_length and precision of a model's folder."""
-    settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
-    run = path.parent.parent / "run.json"
-    if "max_length" not in settings and run.exists():
-        arguments = read_json(run, "train.py", ("arguments",))["arguments"]
-        settings |= {key: arguments[key] for key in ("max_length", "precision")}
-    return settings
-
-
 def load(path):
     """The Model in a folder of model.save_model(). fp16 without a GPU is "auto"."""
-    settings, device = read_settings(path), pick_device()
-    classifier, precision = load_model(path), settings["precision"]
-    check_length(classifier.encoder, settings["max_length"])
+    device, classifier = pick_device(), load_model(path)
+    check_length(classifier.encoder, classifier.settings.max_length)
+    precision = classifier.settings.precision
     if precision == "fp16" and device.type == "cpu":
         precision = "auto"
     dtype = pick_precision(precision, device)
-    return Model(classifier.to(device), load_tokenizer(path), settings, dtype)
+    return Model(classifier.to(device), load_tokenizer(path), dtype)
 
 
 def predict_rows(model, rows, batch_size, desc=None):
     """Logits of Rows: (N, C) float32."""
-    max_length = model.settings["max_length"]
+    max_length = model.classifier.settings.max_length
     encoded = encode(model.tokenizer, rows, max_length)
     check_tokens(model.classifier.encoder, encoded.ids)
     batches = eval_batches(encoded, model.tokenizer.pad_token_id, max_length, batch_size)
@@ -171,20 +159,19 @@ def label_file(folder, protocol, source, target, names, batch_size):
 
     names: what the columns of the text, and of a pair's second text, are called; None: the usual.
     """
-    # the columns there are, and those to add
     path = find_model(folder, protocol)
-    settings = read_settings(path)
+    settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
     columns, lines = read_columns(source)
+
+    # the columns to read, and those to add
     usual = ["text_a", "text_b"] if settings["pairs"] else ["text"]
-    if names[1] and not settings["pairs"]:
-        raise UserError(f"--text-b {names[1]}: {folder} was trained on {kind(False)}")
     used = [name or default for name, default in zip(names, usual)]
     added = ["prediction", *(f"p_{label}" for label in settings["labels"])]
     for name in used:
         if name not in columns:
             raise UserError(
-                f"{source} has no column {name!r} but {', '.join(columns)}; {folder} was trained on "
-                f"{kind(settings['pairs'])} (--text and --text-b name the columns)"
+                f"{source} has no column {name!r} but {', '.join(columns)}; {folder} was trained "
+                f"on {kind(settings['pairs'])}: name them with --text and --text-b"
             )
     for name in added:
         if name in columns:
@@ -198,7 +185,7 @@ def label_file(folder, protocol, source, target, names, batch_size):
     # the labels
     texts = columns[used[0]]
     if settings["pairs"]:
-        texts = list(zip(*(columns[name] for name in used)))
+        texts = zip(texts, columns[used[1]])
     labels, probabilities = classify(path, texts, batch_size, str(source))
     columns["prediction"] = labels
     for name, column in zip(added[1:], probabilities.T):
@@ -211,7 +198,7 @@ def label_file(folder, protocol, source, target, names, batch_size):
     print(sentence, file=sys.stderr if target == "-" else sys.stdout)
 
 
-# --- logits of a data set, which a run keeps ------------------------------------------------------
+# --- logits of a data set, which a run keeps -----------------------------------------------------
 
 
 def run_logits(folder, epochs, split, batch_size):
@@ -246,15 +233,13 @@ def hash_weights(path):
 
 
 def read_logits(path, origin):
-    """The logits in a file of keep_logits(), or None unless they are there, whole, and of `origin`."""
-    if not path.exists():
-        return None
+    """The logits in a file of keep_logits(); None unless it is there, whole, and of `origin`."""
     try:
         with np.load(path) as kept:
             if all(kept[key].item() == value for key, value in origin.items()):
                 return kept["logits"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        say_once(f"note: {path} cannot be read ({error}): computed again")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        pass  # they are computed again
     return None
 
 
@@ -267,7 +252,7 @@ def keep_logits(path, logits, origin):
         say_once(f"note: {path.parent} cannot be written ({error.strerror}): no logits are kept")
 
 
-# --- accuracy by language -------------------------------------------------------------------------
+# --- accuracy by language ------------------------------------------------------------------------
 
 
 def read_split(folder, name, max_rows=None):
@@ -293,23 +278,6 @@ def open_run(folder, split):
             f"{split.folder} holds {kind(not pairs)}, {folder} was trained on {kind(pairs)}"
         )
     return run
-
-
-def evaluate_run(run, split, languages, protocols, batch_size):
-    """The Score of a run in some languages, at the epochs that each protocol chooses."""
-    found, answers = {}, {}
-    for protocol in protocols:
-        epochs = choose_epochs(run.metrics, protocol, languages, run.source, run.folder)
-        logits = run_logits(run.folder, epochs, split, batch_size)
-        right = {}
-        for language, values in logits.items():
-            right[language] = values.argmax(1) == split.rows[language].labels  # (N,)
-        accuracy = {language: float(values.mean()) for language, values in right.items()}
-        found[protocol] = {"epochs": epochs, "accuracy": accuracy}
-        answers[protocol] = Answers(run.seed, right)
-    entry = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
-    entry |= {**found[protocols[0]], "protocols": found}
-    return Score(entry, answers)
 
 
 def by_language(scores, protocol, function):
@@ -341,65 +309,75 @@ def run_warnings(run, accuracies, split):
 
 
 def open_systems(folders, translate, split):
-    """Runs as systems, {name: [Run]}: those that differ in the seed alone are one.
-
-    translate: further runs that make one, each in its own language.
-    """
+    """Run folders as Systems; `translate`: further ones that make one, each in its own language."""
     runs = [open_run(folder, split) for folder in folders]
-    systems = {}
+    systems = []
     for name, members in group_runs(folders, [run.about for run in runs]).items():
-        systems[name] = sorted((runs[i] for i in members), key=lambda run: run.seed)
-    for folder in translate:
-        run = open_run(folder, split)
+        members = sorted((runs[i] for i in members), key=lambda run: run.seed)
+        systems.append(System(name, members[0].source, members))
+    runs = [open_run(folder, split) for folder in translate]
+    for run in runs:
         if run.source not in split.rows:
             raise UserError(
-                f"--translate-train {folder}: {split.folder} has no {split.name} file in its "
+                f"--translate-train {run.folder}: {split.folder} has no {split.name} file in its "
                 f"language, {run.source}"
             )
-        systems.setdefault(TRANSLATE_TRAIN, []).append(run)
+    if runs:
+        systems.append(System("Translate-Train", None, runs))
     return systems
 
 
-def evaluate(systems, split, protocols, baseline, batch_size):
-    """Systems, {name: [Run]}, on a Split: the content of results.json.
+def evaluate_system(system, split, protocols, batch_size):
+    """What results.json says of a System, and whether its runs are right on each row:
+    {protocol: {language: {seed: (N,) bool}}}."""
+    entries, right = [], {protocol: {} for protocol in protocols}
+    for run in system.runs:
+        languages = list(split.rows) if system.source else [run.source]
+        found = {}
+        for protocol in protocols:
+            epochs = choose_epochs(run.metrics, protocol, languages, run.source, run.folder)
+            found[protocol] = {"epochs": epochs, "accuracy": {}}
+            for language, logits in run_logits(run.folder, epochs, split, batch_size).items():
+                answers = logits.argmax(1) == split.rows[language].labels  # (N, C) -> (N,)
+                found[protocol]["accuracy"][language] = float(answers.mean())
+                right[protocol].setdefault(language, {})[run.seed] = answers
+        entry = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
+        entries.append(entry | found[protocols[0]] | {"protocols": found})
+    means = {protocol: by_language(entries, protocol, np.mean) for protocol in protocols}
+    entry = {"name": system.name, "train_language": system.source, "runs": entries}
+    entry["mean"] = means[protocols[0]]
+    entry["std"] = by_language(entries, protocols[0], spread)
+    entry["protocols"] = means
+    return entry, right
 
-    protocols: which epochs to report, the first in the table. baseline: the system to compare with.
+
+def evaluate(systems, split, protocols, baseline, batch_size):
+    """Systems on a Split: the content of results.json.
+
+    protocols: which epochs to report, the first in the table. baseline: the name of the system to
+    compare with.
     """
-    # accuracy of each run
-    languages, first = list(split.rows), protocols[0]
-    entries, answers, sources, warnings = [], {}, set(), []
-    for name, runs in systems.items():
-        scores = []
-        for run in runs:
-            read = [run.source] if name == TRANSLATE_TRAIN else languages
-            score = evaluate_run(run, split, read, protocols, batch_size)
-            scores.append(score.entry)
-            warnings += run_warnings(run, score.entry["accuracy"], split)
-            for protocol in protocols:
-                answers.setdefault((name, protocol), []).append(score.answers[protocol])
-        source = None
-        if name != TRANSLATE_TRAIN:
-            source = runs[0].source
-            sources.add(source)
-        entry = {"name": name, "train_language": source, "runs": scores}
-        entry["mean"] = by_language(scores, first, np.mean)
-        entry["std"] = by_language(scores, first, spread)
-        entry["protocols"] = {p: by_language(scores, p, np.mean) for p in protocols}
+    entries, right, warnings = [], {}, []
+    for system in systems:
+        entry, right[system.name] = evaluate_system(system, split, protocols, batch_size)
         entries.append(entry)
+        for run, score in zip(system.runs, entry["runs"]):
+            warnings += run_warnings(run, score["accuracy"], split)
 
     # differences between protocols, and between systems
+    first, together = protocols[0], parallel(split.rows)
     groups = {language: group_numbers(rows) for language, rows in split.rows.items()}
-    together = parallel(split.rows)
-    for entry in entries:
-        name, own = entry["name"], {run.source for run in systems[entry["name"]]}
-        usual = answers[name, first]
+    sources = {system.source for system in systems}
+    for system, entry in zip(systems, entries):
+        own = {run.source for run in system.runs}
+        answers = right[system.name]
         entry["protocol_differences"] = {}
-        for p in protocols[1:]:
-            difference = compare(answers[name, p], usual, groups, own, together)
-            entry["protocol_differences"][p] = difference
-        if name != baseline:
-            other = answers[baseline, first]
-            entry["difference"] = compare(usual, other, groups, sources, together)
+        for protocol in protocols[1:]:
+            difference = compare(answers[protocol], answers[first], groups, own, together)
+            entry["protocol_differences"][protocol] = difference
+        if system.name != baseline:
+            other = right[baseline][first]
+            entry["difference"] = compare(answers[first], other, groups, sources, together)
     return {
         "data": str(split.folder),
         "split": split.name,
@@ -407,6 +385,7 @@ def evaluate(systems, split, protocols, baseline, batch_size):
         "rows": {language: len(rows.labels) for language, rows in split.rows.items()},
         "parallel": together,
         "baseline": baseline,
+        "resamples": RESAMPLES,
         "systems": entries,
         "warnings": warnings,
     }
@@ -420,12 +399,11 @@ def paper_tables(data):
     for key, table in (("paper", PAPER_TABLE), ("published", PUBLISHED)):
         tables[key] = {}
         for name, values in table.items():
-            fractions = [round(value / 100, 3) for value in values]
-            tables[key][name] = dict(zip(PAPER_LANGUAGES, fractions))
+            tables[key][name] = {l: round(v / 100, 3) for l, v in zip(PAPER_LANGUAGES, values)}
     return tables
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def parse_args(argv):
@@ -444,8 +422,8 @@ def parse_args(argv):
         nargs="+",
         default=["last"],
         metavar="last|mean|en|joint|oracle|test|K",
-        help="epochs to report, the first in the table: the last (default); the mean of the weights "
-        "after each; the best on the source language's dev (en, true zero-shot), on the mean of "
+        help="epochs to report, the first in the table: the last (default); the mean of the "
+        "weights after each; the best on the source's dev (en, true zero-shot), on the mean of "
         "the other languages' dev (joint), for each language on its own dev (oracle), on the mean "
         "of the other languages' test sets (test: the paper's own way, too high by the choice; "
         "needs train.py --track-test); or a number",
@@ -500,20 +478,18 @@ def parse_args(argv):
     if not args.runs + args.translate_train:
         parser.error("name a run folder of train.py, or more")
     for_table = args.data or args.out or args.max_rows or args.baseline or args.translate_train
-    if args.input is None:
-        if args.data is None or args.out is None:
-            parser.error("give --data and --out for a table, --input and --predictions for a file")
-        if args.predictions or args.text or args.text_b:
-            parser.error("--predictions, --text and --text-b go with --input")
-    elif for_table:
+    for_text = args.predictions or args.text or args.text_b
+    if args.input is None and (for_text or args.data is None or args.out is None):
+        parser.error("give --data and --out for a table, or --input and --predictions for text")
+    if args.input is not None and for_table:
         parser.error(
             "--input labels your own text: leave out --data, --out, --max-rows, --baseline, "
             "--translate-train"
         )
-    elif args.predictions is None or len(args.runs) > 1 or len(args.epoch) > 1:
-        parser.error("--input needs --predictions, exactly one run, and one --epoch")
-    elif args.epoch == ["oracle"]:
-        parser.error("--epoch oracle: expected one epoch for all texts")
+    if args.input is not None and (
+        args.predictions is None or len(args.runs + args.epoch) > 2 or args.epoch == ["oracle"]
+    ):
+        parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
     return args
 
 
@@ -521,15 +497,15 @@ def main(argv=None):
     args = parse_args(argv)
     if args.input is not None:
         names = [args.text, args.text_b]
-        label_file(
-            args.runs[0], args.epoch[0], args.input, args.predictions, names, args.batch_size
-        )
+        tables = args.input, args.predictions
+        label_file(args.runs[0], args.epoch[0], *tables, names, args.batch_size)
         return 0
     split = read_split(args.data, args.split, args.max_rows)
     systems = open_systems(args.runs, args.translate_train, split)
-    baseline = args.baseline or next(iter(systems))
-    if baseline not in systems:
-        raise UserError(f"--baseline {baseline}: the systems are {' '.join(systems)}")
+    names = [system.name for system in systems]
+    baseline = args.baseline or names[0]
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline}: the systems are {' '.join(names)}")
     protocols = list(dict.fromkeys(args.epoch))
     results = evaluate(systems, split, protocols, baseline, args.batch_size)
     if args.split == "test":

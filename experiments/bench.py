@@ -50,16 +50,15 @@ from data import (
     sorted_batches,
     take,
     train_language,
-    write_table,
 )
 from extract import pool_all, to_dtype
-from grid_search import confusion_matrices, train_models
+from grid_search import Recipe, f1_scores, train_models
+from lib.archives import write_columns
 from lib.devices import autocast, pick_device, pick_precision, to_device
 from lib.encoders import drop_pooler, load_encoder
 from lib.folders import versions, write_atomic, write_json
 from lib.hub import revision
 from lib.messages import UserError, cli, in_range
-from lib.scores import micro_f1
 from lib.tables import markdown_table
 from model import Classifier, predict
 
@@ -296,10 +295,8 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
     fast, found = features.to(dtype), {}
 
     def ours():
-        weights = train_models(fast[:, :rows], y[:rows], classes, list(range(seeds)))
-        found["f1"] = micro_f1(
-            confusion_matrices(weights, fast[:, rows:], y[rows:], classes)
-        )  # (S, M)
+        weights = train_models(fast[:, :rows], y[:rows], classes, range(seeds), 1e-3, Recipe())
+        found["f1"], _ = f1_scores(weights, fast[:, rows:], y[rows:], classes)  # (S, M)
 
     reset_peak()
     wait()
@@ -460,7 +457,7 @@ def our_training(model, rows, batch_size, precision, epochs, *flags):
     ):
         (Path(folder) / "labels.txt").write_text("".join(f"class {i}\n" for i in classes))
         for split, count in (("train", len(rows.labels)), ("dev", 1)):
-            write_table(
+            write_columns(
                 Path(folder) / f"{split}.en.tsv",
                 {name: column[:count] for name, column in names.items()},
             )

@@ -1,6 +1,7 @@
-"""XNLI's and MASSIVE's published archives as rows."""
+"""Tables: a user's .csv, .jsonl and .tsv, and XNLI's and MASSIVE's published archives, as rows."""
 
 import csv
+import gzip
 import http.client
 import io
 import json
@@ -10,292 +11,327 @@ import tarfile
 import unicodedata
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lib.folders import write_atomic
-from lib.messages import UserError, progress_bar
+from lib.messages import UserError, first_line, progress_bar, say_once
 
 SPLITS = ("train", "dev", "test")
-
-
-MAX_LINE = 1 << 20  # bytes; a longer line is a broken file, not a text
-
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 XNLI_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip"
-
-
 XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
-
-
-MASSIVE_URL = (
-    "https://amazon-massive-nlu-dataset.s3.amazonaws.com/amazon-massive-dataset-1.0.tar.gz"
-)
-
-
-XNLI_LANGUAGES = "ar bg de el en es fr hi ru sw th tr ur vi zh".split()
-
-
 XNLI_LABELS = ["entailment", "neutral", "contradiction"]
+MASSIVE_HOST = "https://amazon-massive-nlu-dataset.s3.amazonaws.com"
+MASSIVE_URL = f"{MASSIVE_HOST}/amazon-massive-dataset-1.0.tar.gz"
 
 
-XNLI_ROWS = {"train": 392_702, "dev": 2_490, "test": 5_010}
+class Table(NamedTuple):
+    """One split in one language that is to be written."""
+
+    header: list  # text, label; or text_a, text_b, label; perhaps group
+    rows: list  # of as many cells
+    source: dict  # where it is from, for sources.json
 
 
-MASSIVE_ROWS = {"train": 11_514, "dev": 2_033, "test": 2_974}
+# --- tables as columns ---------------------------------------------------------------------------
 
 
-def text_lines(stream, name):
-    """Yield the lines of a binary stream as text. UserError for one that is too long or not UTF-8."""
-    for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
-        if len(raw) == MAX_LINE:
-            raise UserError(f"{name}, line {number}: longer than {MAX_LINE:,} bytes")
+def decode(content, name):
+    """A file's bytes as text. UserError names the line that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}, line {line}: not UTF-8 (byte {content[error.start]:#04x}): save it as UTF-8"
+        ) from None
+
+
+def text_lines(content, name):
+    """The lines of a file's bytes."""
+    return decode(content, name).replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def read_tsv(content, name):
+    """Our own form, without quoting: header, rows, the line of each."""
+    header, *rows = [line.split("\t") for line in text_lines(content, name)]
+    while len(header) > 1 and rows and rows[-1] == [""]:  # empty lines at the end
+        rows.pop()
+    return header, rows, range(2, len(rows) + 2)
+
+
+def read_csv(content, name):
+    """As spreadsheets write it: separated by , ; or tab, with quotes and line breaks in cells."""
+    text = decode(content, name)
+
+    def columns(mark):
+        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), []))
+
+    mark = max(",;\t", key=columns)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    rows, lines, line = [], [], 1
+    try:
+        for cells in reader:
+            if any(cells):  # spreadsheets write empty rows, too
+                rows.append(cells)
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{name}, line {line}: {error}") from None
+    return rows[0] if rows else [""], rows[1:], lines[1:]
+
+
+def read_jsonl(content, name):
+    """An object a line; a value that is no text is written as JSON, a missing one is empty."""
+    records, lines, header = [], [], {}
+    for number, line in enumerate(text_lines(content, name), 1):
+        if not line.strip():
+            continue
+        record = {}
         try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at "
-                f"{error.start})"
-            ) from None
-        yield text.removesuffix("\n").removesuffix("\r")
+            for key, value in json.loads(line).items():
+                if value is not None and not isinstance(value, str):
+                    value = json.dumps(value)
+                record[key] = value or ""
+            "".join(record.values()).encode()  # half of a surrogate pair is an error
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{name}, line {number}: not a JSON object ({error})") from None
+        header |= record
+        records.append(record)
+        lines.append(number)
+    rows = [[record.get(key, "") for key in header] for record in records]
+    return list(header), rows, lines
 
 
-def table_lines(stream, name):
-    """Yield the cells of a tab-separated table's header, then those of each line. UserError for a ragged one."""
-    header = None
-    for number, line in enumerate(text_lines(stream, name), 1):
-        cells = line.split("\t")
-        header = header or cells
+READERS = {"tsv": read_tsv, "csv": read_csv, "jsonl": read_jsonl}
+
+
+def parse_columns(content, name, form="tsv"):
+    """A table's bytes -> {column name: [N cells]}, [N line numbers]. UserError for a broken one."""
+    header, rows, lines = READERS[form](content, name)
+    if len(set(header)) < len(header):
+        raise UserError(f"{name}, line 1: two columns have one name: {', '.join(header)}")
+    if not rows:
+        raise UserError(f"{name} holds no rows: expected a header and one or more")
+    for line, cells in zip(lines, rows):
         if len(cells) != len(header):
             raise UserError(
-                f"{name}, line {number}: {len(cells)} columns, expected {len(header)} "
-                f"({', '.join(header[:4])}{', ...' * (len(header) > 4)})"
+                f"{name}, line {line}: {len(cells)} columns, expected {len(header)} "
+                f"({', '.join(header)})"
             )
-        yield cells
-    if header is None:
-        raise UserError(f"{name} is empty")
+    return dict(zip(header, map(list, zip(*rows)))), lines
+
+
+def table_form(path):
+    """How a file is written, by its name: csv, jsonl, and tsv for all others."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SPREADSHEETS:
+        raise UserError(
+            f"{path}: a spreadsheet's own format is not read: save it as CSV "
+            "(in Excel: Save As, CSV UTF-8) and give that file"
+        )
+    return suffix[1:] if suffix[1:] in READERS else "tsv"
 
 
 def read_columns(path, format=None):
-    """A stand-in until helper DATA's is there."""
-    form = format or Path(path).suffix.removeprefix(".")
+    """A table's columns, {name: [N cells]}, and [N numbers], the line that each row begins in.
+
+    The form is .tsv (ours, also for other names), .csv or .jsonl, by the name or by `format`
+    ("csv"); "-" is standard input. Whatever can be read will do, as a pipe.
+    """
+    form = format or table_form(path)
     if str(path) == "-":
-        content = sys.stdin.buffer.read()
-    elif not Path(path).exists():
+        return parse_columns(sys.stdin.buffer.read(), "standard input", form)
+    if not Path(path).exists():
         raise UserError(f"{path} does not exist")
-    else:
-        content = Path(path).read_bytes()
-    if form == "jsonl":
-        rows = [json.loads(line) for line in content.decode("utf-8-sig").splitlines()]
-        return {name: [row[name] for row in rows] for name in rows[0]}, list(range(1, len(rows) + 1))
-    if form == "csv":
-        lines = iter(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
-    else:
-        lines = table_lines(io.BytesIO(content), path)
-    header, *rows = lines
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return columns, list(range(2, len(rows) + 2))
+    return parse_columns(Path(path).read_bytes(), path, form)
 
 
 def write_columns(path, columns, format=None):
-    """A stand-in until helper DATA's is there."""
-    form = format or Path(path).suffix.removeprefix(".")
-    rows = list(zip(*columns.values()))
-    text = io.StringIO()
-    if form == "csv":
-        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    for cells in rows if form == "jsonl" else ():
-        text.write(json.dumps(dict(zip(columns, cells)), ensure_ascii=False) + "\n")
-    if form not in ("csv", "jsonl"):
-        text.write("".join("\t".join(cells) + "\n" for cells in [columns, *rows]))
+    """Write {name: N cells} as .tsv, .csv or .jsonl; "-" is standard output."""
+    form = format or table_form(path)
     if str(path) == "-":
-        sys.stdout.write(text.getvalue())
+        write_rows(sys.stdout, columns, form)
         return
     with write_atomic(path) as file:
-        file.write(text.getvalue())
+        if form == "csv":
+            file.write("\ufeff")  # without which a spreadsheet takes it for an older encoding
+        write_rows(file, columns, form)
+
+
+def write_rows(file, columns, form):
+    rows = zip(*columns.values())
+    if form == "jsonl":
+        for cells in rows:
+            file.write(json.dumps(dict(zip(columns, cells)), ensure_ascii=False) + "\n")
+    elif form == "csv":
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    else:
+        for cells in [columns, *rows]:
+            file.write("\t".join(map(clean, cells)) + "\n")
+
+
+def clean(text):
+    """Text for a cell of a .tsv: tabs and line breaks become spaces, all else stays."""
+    return re.sub(r"[\t\r\n]", " ", text)
+
+
+def need_columns(columns, names, path):
+    """UserError that says which columns there are, where one of `names` is missing."""
+    for name in names:
+        if name not in columns:
+            raise UserError(
+                f"{path}, line 1: no column {name!r}; there are: {', '.join(map(repr, columns))}"
+            )
 
 
 def label_index(label, labels, where):
     """The class index of a label. UserError names the place, the value and what is allowed."""
     if label in labels:
         return labels.index(label)
+    message = f"{where}: unknown label {label[:60]!r}, expected one of {', '.join(labels[:8])}"
+    if len(labels) > 8:
+        message += ", ..."
+    for known in labels:
+        if folded(known) == folded(label):
+            message += f"; {ascii(label)} is not {ascii(known)}"
+    raise UserError(message)
 
-    def look(text):
-        return unicodedata.normalize("NFKC", text).strip().casefold()
 
-    alike = [
-        f"; {ascii(label)} is not {ascii(known)}" for known in labels if look(known) == look(label)
-    ]
-    raise UserError(
-        f"{where}: unknown label {label[:60]!r}, expected one of {', '.join(labels[:8])}"
-        + ", ..." * (len(labels) > 8)
-        + "".join(alike)
-    )
+def folded(text):
+    """What looks the same is the same: one form of accents, no case, no space around."""
+    return unicodedata.normalize("NFKC", text).strip().casefold()
+
+
+# --- published archives --------------------------------------------------------------------------
 
 
 def find_archive(url, folder, out):
-    """The path of an archive: in --archives when given, else downloaded beside the data set once."""
+    """The path of an archive: in --archives, or else downloaded once, beside the data set."""
     path = Path(folder or Path(out).parent / "archives") / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        if folder:
-            raise UserError(f"{path} does not exist (--archives); it can be had from {url}")
-        try:
-            with (
-                urllib.request.urlopen(url, timeout=60) as response,
-                write_atomic(path, "wb") as file,
-                progress_bar(
-                    total=response.length, desc=path.name, unit="B", unit_scale=True
-                ) as bar,
-            ):
+    if path.exists():
+        return path
+    if folder:
+        raise UserError(f"{path} does not exist (--archives); it can be had from {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, write_atomic(path, "wb") as file:
+            bar = progress_bar(total=response.length, desc=path.name, unit="B", unit_scale=True)
+            with bar:
                 while block := response.read(1 << 20):
                     bar.update(file.write(block))
-                if (
-                    response.length
-                ):  # counted down as it is read, and short of 0 is no error to urllib or torch.hub
-                    raise OSError(f"it ended {response.length:,} bytes too early")
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"{url}: {error}; or fetch the file yourself and give its folder with --archives"
-            ) from None
+            if response.length:  # what is still to come; urllib does not mind
+                raise OSError(f"it ended {response.length:,} bytes too early")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{url}: {error}; or fetch the file yourself and give its folder with --archives"
+        ) from None
     return path
 
 
+def archive_members(path):
+    """Yield (name, function that reads it) of each file in a .zip or .tar.gz."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                yield info.filename, archive.open(info).read
+    else:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream) as archive:
+            for info in archive:
+                if info.isfile():
+                    yield info.name, archive.extractfile(info).read
+            stream.read()  # to the very end: gzip's checksum is there
+
+
 def read_archive(path, wanted):
-    """Yield (key, member's name, bytes) for each of `wanted`, {key: name, or a pattern with *}, in a .zip or .tar.gz.
+    """Yield (key, member's name, its columns) for {key: name, or a pattern with *}.
 
-    UserError when the archive is damaged, and at the end when one of `wanted` was not there.
+    UserError where the archive is damaged, and at the end where a member was not there.
     """
-    found = set()
-
-    def keys(name):
-        mine = [key for key, pattern in wanted.items() if fnmatchcase(name, pattern)]
-        found.update(mine)
-        return mine
-
+    missing = dict(wanted)
     try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as opened:
-                for name in opened.namelist():
-                    yield from ((key, name, opened.read(name)) for key in keys(name))
-        else:
-            with tarfile.open(path) as opened:
-                for info in opened:
-                    yield from (
-                        (key, info.name, opened.extractfile(info).read()) for key in keys(info.name)
-                    )
-                while opened.fileobj.read(1 << 20):  # to the very end: gzip's checksum is there
-                    pass
-    except PermissionError:
-        raise
-    except (
-        Exception
-    ) as error:  # nothing but zipfile and tarfile runs here; a wrong byte can surface as any error
-        reason = str(error).partition("\n")[0].rstrip(":")
+        for name, read in archive_members(path):
+            keys = [key for key, pattern in wanted.items() if fnmatchcase(name, pattern)]
+            if keys:
+                columns, _ = parse_columns(read(), f"{path}:{name}", table_form(name))
+            for key in keys:
+                missing.pop(key, None)
+                yield key, name, columns
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(
-            f"{path} is damaged or cut short ({reason}): delete it and fetch it again"
+            f"{path} is damaged or cut short ({first_line(error)}): delete it and fetch it again"
         ) from None
-    if missing := [pattern for key, pattern in wanted.items() if key not in found]:
-        raise UserError(f"{path} has no member {missing[0]}")
-
-
-def clean(text):
-    """Text for one cell: tabs and line breaks become spaces, all else stays."""
-    return re.sub(r"[\t\r\n]", " ", text)
+    for pattern in missing.values():
+        raise UserError(f"{path} has no member {pattern}")
 
 
 def read_xnli(path, path_mt, languages, train_languages):
-    """The XNLI archives -> {(split, language): (rows of (text_a, text_b, label), archive, member)}."""
-    data = {}
-    members = {
-        language: f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
-        for language in train_languages
-    }
-    for language, member, content in read_archive(path_mt, members):
-        rows = xnli_rows(content, f"{path_mt}:{member}", ["premise", "hypo", "label"])
-        check_rows({language: rows}, f"{path_mt}:{member}", "train", XNLI_ROWS)
-        data["train", language] = rows, path_mt.name, member
+    """The XNLI archives -> {(split, language): Table}."""
+    tables, header = {}, ["text_a", "text_b", "label"]
+    members = {}
+    for language in train_languages:
+        members[language] = f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
+    for language, member, columns in read_archive(path_mt, members):
+        labels = ["contradiction" if l == "contradictory" else l for l in columns["label"]]
+        rows = list(zip(columns["premise"], columns["hypo"], labels))
+        source = {"archive": path_mt.name, "member": member}
+        tables["train", language] = Table(header, rows, source)
     members = {split: f"XNLI-1.0/xnli.{split}.tsv" for split in ("dev", "test")}
-    columns = ["language", "pairID", "sentence1", "sentence2", "gold_label"]
-    for split, member, content in read_archive(path, members):
-        rows = {language: [] for language in languages}
-        for language, *row in xnli_rows(content, f"{path}:{member}", columns):
-            rows.get(language, []).append(row)
-        check_rows(rows, f"{path}:{member}", split, XNLI_ROWS)
-        data |= {
-            (split, language): ([row[1:] for row in rows[language]], path.name, member)
-            for language in languages
-        }
-    return data
-
-
-def xnli_rows(content, name, columns):
-    """The named columns of an XNLI table, of which the last is the label: N lists. UserError when one is missing."""
-    lines = table_lines(io.BytesIO(content), name)
-    header = next(lines)
-    if missing := [column for column in columns if column not in header]:
-        raise UserError(f"{name}, line 1: no column {missing[0]!r} in {header[:19]}")
-    where = [header.index(column) for column in columns]
-    rows = [[clean(cells[i]) for i in where] for cells in lines]
-    for number, row in enumerate(rows, 2):
-        row[-1] = "contradiction" if row[-1] == "contradictory" else row[-1]  # as XNLI-MT calls it
-        label_index(row[-1], XNLI_LABELS, f"{name}, line {number}")
-    return rows
+    for split, member, columns in read_archive(path, members):
+        source = {"archive": path.name, "member": member}
+        rows = list(zip(columns["sentence1"], columns["sentence2"], columns["gold_label"]))
+        for language in languages:
+            of_language = [row for row, code in zip(rows, columns["language"]) if code == language]
+            if not of_language:
+                raise UserError(f"{path}:{member} has no rows for the language {language!r}")
+            tables[split, language] = Table(header, of_language, source)
+    return tables
 
 
 def read_massive(path, languages, train_languages, intents, balance, seed):
-    """The MASSIVE archive -> label names, {(split, language): (rows of (text, label), archive, member)}.
+    """The MASSIVE archive -> label names, {(split, language): Table}.
 
     The most frequent `intents` (0: all) of English train are kept, whatever the languages.
     """
-
-    def locale(
-        code,
-    ):  # zh is zh-CN; de, as any other, the one de-* there is; pt-PT and pt_PT are themselves
-        return "zh-CN" if code == "zh" else code.replace("_", "-") + "-*" * (len(code) == 2)
-
-    source, everything = english(languages + train_languages), languages + train_languages
-    records, members = {code: {split: [] for split in SPLITS} for code in [source, *everything]}, {}
-    for code, member, content in read_archive(
-        path, {code: f"1.0/data/{locale(code)}.jsonl" for code in records}
-    ):
+    # rows of (text, intent) by split and language
+    source = english(languages + train_languages)
+    codes = [source, *languages, *train_languages]
+    rows, members = {}, {}
+    patterns = {code: f"1.0/data/{massive_locale(code)}.jsonl" for code in codes}
+    for code, member, columns in read_archive(path, patterns):
         members[code] = member
-        for number, line in enumerate(text_lines(io.BytesIO(content), f"{path}:{member}"), 1):
-            try:
-                record = json.loads(line)
-                (record["intent"] + record["utt"]).encode(
-                    "utf-8"
-                )  # half of a surrogate pair is an error
-                records[code][record["partition"]].append(
-                    (record["id"], clean(record["utt"]), record["intent"])
-                )
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{member}, line {number}: expected a JSON object with id, partition "
-                    f"(train, dev or test), intent and utt ({error!r})"
-                ) from None
-    for split in SPLITS:
-        check_rows(
-            {code: found[split] for code, found in records.items()},
-            f"{path}, partition {split}",
-            split,
-            MASSIVE_ROWS,
-        )
-    counts = Counter(intent for _, _, intent in records[source]["train"])
+        for split in SPLITS:
+            rows[split, code] = []
+        for split, *row in zip(columns["partition"], columns["utt"], columns["intent"]):
+            rows[split, code].append(row)
+    # the most frequent intents
+    counts = Counter(intent for _, intent in rows["train", source])
     labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[: intents or None])
-    if len(labels) < 2:
-        raise UserError(
-            f"{path}:{members[source]}: {len(labels)} intents in the train partition, expected two or more"
-        )
-    data = {}
+    # their rows
+    tables = {}
     for split in SPLITS:
         for code in train_languages if split == "train" else languages:
-            rows = [row[1:] for row in records[code][split] if row[2] in labels]
-            rows = balanced(rows, seed) if balance and split == "train" else rows
-            data[split, code] = rows, path.name, members[code]
-    return labels, data
+            kept = [row for row in rows[split, code] if row[1] in labels]
+            if balance and split == "train":
+                kept = balanced(kept, seed)
+            origin = {"archive": path.name, "member": members[code]}
+            tables[split, code] = Table(["text", "label"], kept, origin)
+    return labels, tables
+
+
+def massive_locale(code):
+    """zh is zh-CN; de, as any other, the one de-* there is; pt-PT and pt_PT are themselves."""
+    if code == "zh":
+        return "zh-CN"
+    if len(code) == 2:
+        return f"{code}-*"
+    return code.replace("_", "-")
 
 
 def english(languages):
@@ -304,32 +340,100 @@ def english(languages):
 
 
 def balanced(rows, seed):
-    """Repeat (text, label) rows of the smaller classes until all are as large as the largest (paper section 1.3)."""
+    """Repeat (text, label) rows of the smaller classes until all are as large as the largest.
+
+    Paper section 1.3.
+    """
     random = np.random.default_rng(seed)
     counts = Counter(label for _, label in rows)
+    largest = max(counts.values())
     for label in sorted(counts):
-        mine = [row for row in rows if row[1] == label]
-        rows = rows + [
-            mine[i]
-            for i in random.permutation(np.arange(max(counts.values()) - len(mine)) % len(mine))
-        ]
+        of_class = [row for row in rows if row[1] == label]
+        copies = np.arange(largest - len(of_class)) % len(of_class)
+        rows = rows + [of_class[i] for i in random.permutation(copies)]
     return rows
 
 
-def check_rows(rows, where, split, published):
-    """UserError unless each language has rows, with the first's ids and labels; a warning when they are not as many as
-    published. rows: {language: rows of (id, ..., label)}; published: {split: count}."""
-    keys = {language: [(row[0], row[-1]) for row in mine] for language, mine in rows.items()}
-    first = next(iter(keys))
-    for language, mine in keys.items():
-        if not mine:
-            raise UserError(f"{where} has no rows for the language {language!r}")
-        if mine != keys[first]:
-            raise UserError(
-                f"{where}: {language} is not row-parallel with {first}: other ids or labels"
+# --- a user's own tables -------------------------------------------------------------------------
+
+
+def read_own(files, names, share, seed):
+    """A user's tables -> label names by falling count in train, {(split, language): Table}.
+
+    files: {split: [(language, path)]}, where files of one language are joined; names: {our name of
+    a column: the user's}. Where a language of train has no dev, `share` of its rows becomes that.
+    """
+    header = list(names)
+    label_at = header.index("label")
+    group_at = header.index("group") if "group" in names else 0  # else the first text
+    tables, counts = {}, Counter()
+    for split in SPLITS:  # train first
+        for language, path in files[split]:
+            rows = own_rows(path, list(names.values()), label_at)
+            known = list(counts)
+            for line, cells in rows:
+                if split == "train":
+                    counts[cells[label_at]] += 1
+                else:
+                    label_index(cells[label_at], known, f"{path}, line {line}")
+            source = {"files": [], "columns": names}
+            table = tables.setdefault((split, language), Table(header, [], source))
+            table.rows.extend(cells for _, cells in rows)
+            table.source["files"].append(str(path))
+    for split, language in list(tables):
+        if split == "train" and share and ("dev", language) not in tables:
+            table = tables["train", language]
+            train, dev = hold_out(table.rows, group_at, label_at, share, seed)
+            tables["train", language] = table._replace(rows=train)
+            tables["dev", language] = table._replace(rows=dev)
+    return sorted(counts, key=lambda label: (-counts[label], label)), tables
+
+
+def own_rows(path, names, label_at):
+    """[(line, cells)] of the named columns: one text or two, the label, perhaps a group.
+
+    A warning where cells are empty, for such rows are left out, and where a text has two labels.
+    """
+    columns, lines = read_columns(path)
+    need_columns(columns, names, path)
+    rows, empty, differing, seen = [], [], [], {}
+    for line, *cells in zip(lines, *(columns[name] for name in names)):
+        cells = [clean(cell).strip() for cell in cells]
+        if not all(cells):
+            empty.append(line)
+            continue
+        rows.append((line, cells))
+        texts, label = tuple(cells[:label_at]), cells[label_at]
+        before, where = seen.setdefault(texts, (label, line))
+        if label != before:
+            differing.append(
+                f"line {line}: the text of line {where}, {label!r} here, {before!r} there"
             )
-    if len(mine) != published[split]:
-        print(
-            f"warning: {where} has {len(mine):,} rows where the published {split} set has {published[split]:,}",
-            file=sys.stderr,
+    if not rows:
+        raise UserError(f"{path}: no row has {' and '.join(names)}")
+    if empty:
+        say_once(
+            f"warning: {path}, line {empty[0]}: no {' or no '.join(names)}; "
+            f"rows left out for that: {len(empty):,}"
         )
+    if differing:
+        say_once(f"warning: {path}, {differing[0]}; such rows, which stay: {len(differing):,}")
+    return rows
+
+
+def hold_out(rows, group_at, label_at, share, seed):
+    """Split rows into train and dev: whole groups, about `share` of those of each class.
+
+    A group counts as its first row's class. A class of two groups or more is in both.
+    """
+    random = np.random.default_rng(seed)
+    label_of, groups_of, held = {}, {}, set()
+    for row in rows:
+        label_of.setdefault(row[group_at], row[label_at])
+    for group, label in label_of.items():
+        groups_of.setdefault(label, []).append(group)
+    for _, groups in sorted(groups_of.items()):
+        count = min(max(1, round(share * len(groups))), len(groups) - 1)
+        held.update(groups[i] for i in random.permutation(len(groups))[:count])
+    train = [row for row in rows if row[group_at] not in held]
+    return train, [row for row in rows if row[group_at] in held]

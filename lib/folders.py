@@ -209,10 +209,12 @@ def read_run(folder):
     keys = ("arguments", "labels", "pairs", "data", "complete")
     run = read_json(Path(folder) / "run.json", "train.py", keys)
     path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{folder} has no metrics.jsonl: has it finished an epoch?")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return run, [json.loads(line) for line in lines]
+    rows = []
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not any(isinstance(row["epoch"], int) and row["split"] != "train" for row in rows):
+        raise UserError(f"{path} holds no evaluation: has the run finished an epoch?")
+    return run, rows
 
 
 def read_grid(folder):

@@ -3,7 +3,8 @@
 Two things vary. The rows of a test set: they are not independent (XNLI has three hypotheses a
 premise, and translations of one sentence), so whole groups are resampled (Efron and Tibshirani
 1993, section 8). And the seeds of training: to each resample of the S seeds' mean a draw of
-Student's t is added, with S - 1 degrees of freedom, times the seeds' standard deviation over sqrt(S).
+Student's t is added, with S - 1 degrees of freedom, times the seeds' standard deviation over
+sqrt(S).
 """
 
 from typing import NamedTuple
@@ -39,11 +40,9 @@ def intervals(differences, groups, baseline=None):
     of 0, which inverts the interval.
     """
     random = np.random.default_rng(0)
-    by_row, by_seed = differences.mean(0), differences.mean(1).T.tolist()  # (N, L), (L, S)
-    seeds, parts = len(differences), [differences]
-    if baseline is not None:
-        by_row, by_seed = by_row - baseline.mean(0), [[] for _ in by_seed]
-        seeds, parts = min(seeds, len(baseline)), [differences, baseline]
+    parts = [differences] if baseline is None else [differences, -baseline]
+    seeds = min(len(part) for part in parts)
+    by_row = sum(part.mean(0) for part in parts)  # (N, L)
     means = resampled_means(by_row, groups, random)  # (RESAMPLES, L)
     if seeds > 1:
         variance = sum(part.mean(1).var(0, ddof=1) / len(part) for part in parts)  # (L,)
@@ -54,7 +53,8 @@ def intervals(differences, groups, baseline=None):
     above = (1 + (means >= -1e-12).sum(0)) / (RESAMPLES + 1)
     p = np.minimum(1, 2 * np.minimum(below, above))
     numbers = np.stack([by_row.mean(0), low, high, p], axis=1).tolist()  # (L, 4)
-    return [Interval(*column, each, seeds) for column, each in zip(numbers, by_seed)]
+    by_seed = differences.mean(1).T.tolist() if baseline is None else [[]] * len(numbers)
+    return [Interval(*row, each, seeds) for row, each in zip(numbers, by_seed)]
 
 
 def resampled_means(values, groups, random):
@@ -102,14 +102,7 @@ def verdict(interval, p, way):
     return "undecided"
 
 
-# --- systems, each of several runs, in several languages ------------------------------------------
-
-
-class Answers(NamedTuple):
-    """Whether a run is right on each row, {language: (N,) bool}."""
-
-    seed: int
-    right: dict
+# --- systems in several languages --------------------------------------------------------------
 
 
 def parallel(sets):
@@ -119,25 +112,20 @@ def parallel(sets):
 
 
 def compare(system, baseline, groups, sources, together):
-    """A system against another, both lists of Answers on the same rows: {language: an Interval's
-    fields, and p_holm, its p after Holm's correction over the languages}.
+    """A system against another on the same rows: {language: an Interval's fields, and p_holm, its p
+    after Holm's correction over the languages}.
 
-    groups: {language: (N,)}. together: the languages' rows are translations, so that resamples are
-    of the same rows in every language, of the source's groups; `others`, which is not corrected, is
-    then the mean over the languages that are not in `sources`.
+    system, baseline: whether it is right, {language: {seed: (N,) bool}}. groups: {language: (N,)}.
+    together: the languages' rows are translations, so that resamples are of the same rows in every
+    language, of the source's groups; `others`, which is not corrected, is then the mean over the
+    languages that are not in `sources`.
     """
-    shared = []
-    for language in groups:
-        if has(system, language) and has(baseline, language):
-            shared.append(language)
+    shared = [language for language in groups if language in system and language in baseline]
     found = {}
     for languages in [shared] if together else [[language] for language in shared]:
         seeds, right = stack(system, languages)
         other_seeds, other_right = stack(baseline, languages)
-        if seeds == other_seeds:
-            parts = [right - other_right]
-        else:
-            parts = [right, other_right]
+        parts = [right - other_right] if seeds == other_seeds else [right, other_right]
         names = list(languages)
         others = [i for i, language in enumerate(languages) if language not in sources]
         if len(others) > 1:
@@ -151,25 +139,20 @@ def compare(system, baseline, groups, sources, together):
     return found
 
 
-def has(system, language):
-    """Whether some run of a list of Answers is of a language."""
-    return any(language in run.right for run in system)
-
-
 def stack(system, languages):
-    """The Answers of a system seed by seed: its seeds, and (S, N, L).
+    """The seeds of a system, and whether it is right: (S, N, L).
 
-    Where the languages' runs have different seeds, as Translate-Train's may, the mean over the runs
-    of each language counts as one seed.
+    Where languages have different seeds, as Translate-Train's may, the mean over each one's seeds
+    counts as one.
     """
-    seeds, answers = [], []
+    seeds, columns = [], []
     for language in languages:
-        runs = sorted((run for run in system if language in run.right), key=lambda run: run.seed)
-        seeds.append([run.seed for run in runs])
-        answers.append(np.array([run.right[language] for run in runs], dtype=float))  # (S, N)
-    if any(other != seeds[0] for other in seeds):
-        return None, np.stack([part.mean(0, keepdims=True) for part in answers], axis=2)
-    return seeds[0], np.stack(answers, axis=2)
+        runs = system[language]
+        seeds.append(sorted(runs))
+        columns.append(np.array([runs[seed] for seed in sorted(runs)], dtype=float))  # (S, N)
+    if seeds.count(seeds[0]) < len(seeds):
+        return [], np.stack([column.mean(0, keepdims=True) for column in columns], axis=2)
+    return seeds[0], np.stack(columns, axis=2)
 
 
 def with_mean(columns, some):

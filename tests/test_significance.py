@@ -1,0 +1,223 @@
+"""Intervals against exact enumeration, SciPy's t, what the bootstrap alone gave, and simulations in
+which the truth is known."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lib import significance
+from lib.significance import Interval, compare, holm, intervals, verdict
+
+
+def few_resamples(monkeypatch, count):
+    monkeypatch.setattr(significance, "RESAMPLES", count)
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_draws_from_the_exact_distribution_of_a_small_case(monkeypatch):
+    few_resamples(monkeypatch, 40_000)
+    differences = np.array([[1.0, 0.0], [1.0, -1.0], [0.0, 1.0], [-1.0, 0.5], [1.0, 0.0]])
+    groups = np.array([0, 0, 1, 2, 2])
+    members = [np.flatnonzero(groups == group) for group in range(3)]
+    exact = []
+    for draw in itertools.product(range(3), repeat=3):  # all 27 resamples
+        exact.append(differences[np.concatenate([members[group] for group in draw])].mean(0))
+    exact = np.array(exact)
+    low, high = np.percentile(exact, [2.5, 97.5], axis=0, method="inverted_cdf")
+    tails = np.minimum((exact <= 1e-12).mean(0), (exact >= -1e-12).mean(0))
+    for i, interval in enumerate(intervals(differences[None], groups)):
+        assert interval.difference == pytest.approx(differences[:, i].mean())
+        assert (interval.low, interval.high) == pytest.approx((low[i], high[i]), abs=1e-9)
+        assert interval.p == pytest.approx(min(1, 2 * tails[i]), abs=0.01)
+
+
+def test_one_seed_gives_the_interval_of_the_rows_that_it_always_gave():
+    """The numbers are those of bootstrap_difference() at 54d93b9."""
+    i = np.arange(24)
+    differences = np.stack([(i * 7 % 5 - 2) * 0.25 + 0.3, (i * 11 % 7 - 3) / 10 + 0.1], axis=1)
+    first, second = intervals(differences[None], i // 3)
+    assert first[:4] == (
+        0.28958333333333325, 0.21666666666666667, 0.37291666666666673, 0.00019998000199980003
+    )  # fmt: skip
+    assert second[:4] == (
+        0.08333333333333336, 0.025000000000000005, 0.1416666666666667, 0.005599440055994401
+    )  # fmt: skip
+    assert first.seeds == 1 and first.by_seed == [first.difference]
+
+
+def test_systems_that_answer_alike_do_not_differ():
+    for seeds in (1, 3):
+        for interval in intervals(np.zeros((seeds, 9, 2)), np.arange(9)):
+            assert interval == Interval(0, 0, 0, 1, [0] * seeds, seeds)
+
+
+def leaning(columns):
+    """A less B for two systems that are equally good, (1, 360, columns): 120 groups of three rows,
+    on which one of them may be strong."""
+    random = np.random.default_rng(7)
+    lean = np.repeat(0.25 * random.normal(size=(120, columns)), 3, axis=0)
+    right = random.random((360, columns)) < 0.6 + lean
+    return (right * 1.0 - (random.random((360, columns)) < 0.6 - lean))[None]
+
+
+def share_outside(found):
+    return np.mean([interval.low > 0 or interval.high < 0 for interval in found])
+
+
+def test_rows_that_lean_together_need_groups(monkeypatch):
+    few_resamples(monkeypatch, 1000)
+    groups = np.arange(360) // 3
+    assert 0.025 <= share_outside(intervals(leaning(800), groups)) <= 0.085
+    assert share_outside(intervals(leaning(800), np.arange(360))) > 0.12  # cries wolf
+
+
+# --- the seeds -----------------------------------------------------------------------------------
+
+SPREADS = (0.1, 0.5, 1, 2, 4)  # of the seeds, in standard errors of the rows; XNLI's: 0.6 / 0.15
+TRIALS = 600  # of each: the share of 5 % that miss has a standard error of 0.9 %
+
+
+def simulate(seeds, shift=0, baseline_seeds=None):
+    """How often 0 is outside the interval, for each of SPREADS; the true difference is `shift`
+    standard errors of its mean."""
+    random, rows = np.random.default_rng(0), 100
+    spread = np.repeat(SPREADS, TRIALS) / np.sqrt(rows)
+
+    def system(count):
+        return spread * random.normal(size=(count, 1, len(spread)))
+
+    variance = 1 / rows + spread**2 / seeds
+    differences = random.normal(size=(rows, len(spread))) + system(seeds)
+    baseline = None
+    if baseline_seeds:
+        variance += spread**2 / baseline_seeds
+        baseline = np.repeat(system(baseline_seeds), rows, axis=1)
+    differences += shift * np.sqrt(variance)
+    found = intervals(differences, np.arange(rows), baseline)
+    return [share_outside(found[i : i + TRIALS]) for i in range(0, len(found), TRIALS)]
+
+
+@pytest.mark.parametrize("seeds, other", [(2, None), (3, None), (5, None), (3, 5)])
+def test_where_nothing_differs_few_intervals_miss_zero(seeds, other, monkeypatch):
+    few_resamples(monkeypatch, 2000)
+    missed = simulate(seeds, baseline_seeds=other)
+    assert np.mean(missed) <= 0.06 and max(missed) <= 0.06 + 2 * 0.009
+
+
+def test_three_standard_errors_are_found(monkeypatch):
+    few_resamples(monkeypatch, 2000)
+    assert simulate(2, shift=3)[0] > 0.7  # the rows decide
+    assert min(simulate(5, shift=3)) > 0.6
+
+
+def test_seeds_alone_are_students_t(monkeypatch):
+    """The rows agree, so that nothing but the seeds varies."""
+    few_resamples(monkeypatch, 200_000)
+    a, b = np.array([0.01, 0.02, 0.06]), np.array([0.03, 0.01])
+    rows = np.ones((1, 7, 1))
+    paired = intervals(a[:, None, None] * rows, np.arange(7))[0]
+    error = a.std(ddof=1) / np.sqrt(3)
+    expected = stats.t.interval(0.95, 2, loc=0.03, scale=error)
+    assert (paired.low, paired.high) == pytest.approx(expected, abs=2e-3)
+    assert paired.p == pytest.approx(2 * stats.t.sf(0.03 / error, 2), abs=0.01)
+    assert (paired.by_seed, paired.seeds) == (pytest.approx(a.tolist()), 3)
+    unpaired = intervals(a[:, None, None] * rows, np.arange(7), b[:, None, None] * rows)[0]
+    error = np.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2)
+    expected = stats.t.interval(0.95, 1, loc=0.01, scale=error)
+    assert (unpaired.low, unpaired.high) == pytest.approx(expected, rel=0.1)
+    assert unpaired.p == pytest.approx(2 * stats.t.sf(0.01 / error, 1), abs=0.01)
+    assert (unpaired.difference, unpaired.by_seed, unpaired.seeds) == (pytest.approx(0.01), [], 2)
+
+
+# --- what is made of them ------------------------------------------------------------------------
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, 0.9]), [1, 1])
+
+
+@pytest.mark.parametrize(
+    "low, high, p, better, no_gain",
+    [
+        (0.001, 0.03, 0.04, "supported", "not supported"),
+        (0.001, 0.03, 0.06, "undecided", "undecided"),  # after Holm's correction
+        (0.001, 0.009, 0.04, "supported", "supported"),  # better by less than a point
+        (-0.02, 0.009, 0.5, "undecided", "supported"),
+        (-0.02, 0.011, 0.5, "undecided", "undecided"),
+        (-0.03, -0.01, 0.04, "not supported", "supported"),
+        (-0.03, -0.01, 0.06, "undecided", "supported"),
+    ],
+)
+def test_verdicts(low, high, p, better, no_gain):
+    interval = Interval((low + high) / 2, low, high, 0.01, [], 3)
+    assert verdict(interval, p, "better") == better
+    assert verdict(interval, p, "no gain") == no_gain
+    alone = interval._replace(seeds=1)
+    assert verdict(alone, p, "better") == verdict(alone, p, "no gain") == "undecided"
+
+
+# --- systems in several languages ----------------------------------------------------------------
+
+ROWS = 40
+GROUPS = {"en": np.arange(ROWS) // 4, "zh": np.arange(ROWS), "de": np.arange(ROWS) // 2}
+
+
+def system(seeds, draw, languages=("en", "zh", "de")):
+    random, answers = np.random.default_rng(draw), {}
+    for language in languages:
+        answers[language] = {seed: random.random(ROWS) < 0.6 for seed in seeds}
+    return answers
+
+
+def by_hand(a, b, language, seeds):
+    return [a[language][seed].astype(float) - b[language][seed] for seed in seeds]
+
+
+def test_systems_are_compared_seed_by_seed_and_others_is_their_mean():
+    a, b = system([1, 0], 1), system([0, 1], 2)
+    found = compare(a, b, GROUPS, ["en"], together=True)
+    assert list(found) == ["en", "zh", "de", "others"]
+    for language in ("en", "zh", "de"):
+        expected = [values.mean() for values in by_hand(a, b, language, [0, 1])]
+        assert found[language]["by_seed"] == pytest.approx(expected)
+        assert found[language]["difference"] == pytest.approx(np.mean(expected))
+    assert found["others"]["by_seed"] == pytest.approx(
+        np.mean([found["zh"]["by_seed"], found["de"]["by_seed"]], axis=0)
+    )
+    corrected = holm([found[language]["p"] for language in ("en", "zh", "de")])
+    assert [found[l]["p_holm"] for l in ("en", "zh", "de")] == corrected.tolist()
+    assert "p_holm" not in found["others"] and found["others"]["seeds"] == 2
+    other = compare(a, system([1, 2, 3], 3), GROUPS, ["en"], together=True)
+    assert other["de"]["by_seed"] == [] and other["de"]["seeds"] == 2
+
+
+@pytest.mark.parametrize("together, source", [(True, "en"), (True, "de"), (False, "en")])
+def test_the_groups_are_the_sources_or_where_rows_are_no_translations_each_languages(
+    together, source
+):
+    a, b = system([0], 1), system([0], 2)
+    found = compare(a, b, GROUPS, [source], together)
+    assert ("others" in found) == together
+    for language in ("en", "zh", "de"):
+        rows = np.stack(by_hand(a, b, language, [0]))[:, :, None]
+        groups = GROUPS[source if together else language]
+        expected = intervals(rows, groups)[0]._asdict()
+        for key in ("difference", "low", "high", "p"):
+            assert found[language][key] == pytest.approx(expected[key])
+
+
+def test_translate_train_counts_the_seeds_that_its_languages_share():
+    """Each language is of a run of its own, and the source's is none of them."""
+    baseline = system([0, 1], 1)
+    shared = compare(system([0, 1], 2, ["zh", "de"]), baseline, GROUPS, ["en"], True)
+    assert list(shared) == ["zh", "de", "others"] and shared["others"]["seeds"] == 2
+    mixed = system([0, 1], 2, ["zh"]) | system([0], 3, ["de"])
+    found = compare(mixed, baseline, GROUPS, ["en"], True)
+    assert {entry["seeds"] for entry in found.values()} == {1}
+    expected = np.mean([mixed["zh"][s].mean() - baseline["zh"][s].mean() for s in (0, 1)])
+    assert found["zh"]["difference"] == pytest.approx(expected)
