@@ -1,39 +1,49 @@
-"""Phase 1b: train a small classifier on every combination of layers, pooling, learning rate and seed, and rank them.
+"""Phase 1b: train a small classifier on every combination of layers, pooling, learning rate and
+seed, and rank them.
 
-    python grid_search.py --features features/massive --out grid/massive
+    python grid_search.py --features features/massive --out grid/massive --save-model
 
-Reads   FEATURES/ as extract.py writes it. Trains on the source language, tests in every language there is.
-Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --layers-from takes), OUT/summary.md,
-        OUT/confusion.LANG.csv of the chosen combination, OUT/parts/ (the confusion matrices of all models: with them
-        a second call with another --select takes a second, and a stopped search goes on), OUT/run.json.
-Paper   sections 1.1 (phase one) and 1.5; conclusions 3, 4 and 5. 255 combinations of layers 5..12, 3 poolings, 5 seeds.
+Reads   FEATURES/ as extract.py writes it. Trains on the source language, tests in every language
+        there is. With --save-model also the encoder whose features they are.
+Writes  OUT/results.csv (a row for each model), OUT/best.json (what train.py --layers-from takes),
+        OUT/summary.md, OUT/confusion.LANG.csv of the chosen combination, OUT/run.json, and
+        OUT/parts/ (the scores of all models: with them a stopped search goes on, and another call
+        with another --select trains the chosen combination alone once more). With --save-model
+        OUT/model/, the chosen combination as a model that labels text (evaluate.py --input).
+Paper   sections 1.1 (phase one) and 1.5; conclusions 3, 4 and 5. 255 combinations of layers 5..12,
+        3 poolings, 5 seeds.
 
-All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered in binary: model m
-has layer l if bit l of m is set (model 0 has none and is not reported). Their weights for layer l stand side by side in
-one matrix, so that a step is L matrix products, whatever M is, and none is spent on a layer that a model does not use.
-half() alone knows which column is which model's; one_model() takes one out.
-Letters as in model.py; also F files (dev.de, test.zh, ...), and K, what a product puts out: H hidden units, or the C
-classes where there is no hidden layer. A model but for its seed is known by its key, (pooling, layers, lr).
+All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered
+in binary: model m has layer l if bit l of m is set (model 0 has none and is not reported). Their
+weights for layer l stand side by side in one matrix, so that a step is L matrix products, whatever
+M is, and none is spent on a layer that a model does not use. half() alone knows which column is
+which model's; one_model() takes one out.
+
+Letters as in model.py and lib/scores.py; also K, what a product puts out: H hidden units, or the C
+classes where there is no hidden layer.
 """
 
 import argparse
 import csv
-import functools
-import itertools
+import json
 import math
 import time
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.devices import agree, pick_device, pick_precision, start_processes
+from data import load_tokenizer, tokenizer_identity
+from lib.devices import broadcast, pick_device, pick_precision, start_processes
+from lib.encoders import cut_after, drop_pooler, load_encoder
 from lib.folders import (
-    claim,
     finish_folder,
     load_array,
+    lock,
     read_json,
     sha256,
     start_folder,
@@ -41,62 +51,67 @@ from lib.folders import (
     write_atomic,
     write_json,
 )
-from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar
-from lib.scores import Results, choices, columns_of, micro_f1
+from lib.hub import revision
+from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar, say_once
+from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
-from model import POOLINGS
+from model import POOLINGS, Classifier, Settings, save_model
 
 POOL = 1 << 23  # random values that dropout's masks are cut from
 
 
-# --- the models --------------------------------------------------------------------------------------------------
+class Recipe(NamedTuple):
+    """How each small classifier is trained."""
+
+    hidden: int = 0  # units of a hidden layer; 0: none
+    epochs: int = 20
+    batch_size: int = 128
+    dropout: float = 0.1
+
+
+# --- the models -----------------------------------------------------------------------------------
 
 
 def half(full, layer):
-    """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer), a view.
+    """The half of (S, B, K, M) whose models use a layer: a view (S, B, K, M / 2^(layer+1), 2^layer).
 
     Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
     """
     return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
 
-def initial_weights(generators, layers, size, classes, hidden, dtype, device):
-    """The first weights of all models, from each seed's generator; nn.Linear's uniform distribution.
+def initial_weights(generators, layers, size, classes, hidden, dtype):
+    """The first weights of all models, from each seed's generator; nn.Linear's distribution.
 
-    All models of a seed begin from the same draw, scaled by their own number of inputs. Returns a list: for each layer
-    (S, D, K * M/2), then the bias (S, K, M) and, with a hidden layer, the next weights (S, H, C, M) and bias (S, C, M).
+    All models of a seed begin from the same draw, scaled by their own number of inputs. Returns a
+    list: for each layer (S, D, K * M/2), then the bias (S, K, M) and, with a hidden layer, the next
+    weights (S, H, C, M) and bias (S, C, M).
     """
-    models, units = 2**layers, hidden or classes
+    device, models, units = generators[0].device, 2**layers, hidden or classes
 
     def uniform(*shape):
-        return torch.stack(
-            [
-                torch.rand(*shape, generator=g, dtype=dtype, device=device) * 2 - 1
-                for g in generators
-            ]
-        )
+        draws = [torch.rand(*shape, generator=g, dtype=dtype, device=device) for g in generators]
+        return 2 * torch.stack(draws) - 1
 
-    used = torch.tensor(
-        [bin(m).count("1") for m in range(models)], dtype=dtype, device=device
-    ).clamp(min=1)
-    scale = 1 / (used * size).sqrt()  # (M,)
-    weights = [
-        (
-            uniform(size, units)[..., None] * half(scale[None, None, None], layer).reshape(-1)
-        ).flatten(2)
-        for layer in range(layers)
-    ]
-    weights += [uniform(units)[..., None] * scale]
+    used = [max(1, m.bit_count()) for m in range(models)]
+    scale = 1 / (torch.tensor(used, dtype=dtype, device=device) * size).sqrt()  # (M,)
+    weights = []
+    for layer in range(layers):
+        scale_of_users = half(scale[None, None, None], layer).flatten()  # (M/2,)
+        weights.append((uniform(size, units)[..., None] * scale_of_users).flatten(2))
+    weights.append(uniform(units)[..., None] * scale)
     if hidden:
-        weights += [
-            (uniform(hidden, classes) / hidden**0.5)[..., None].repeat(1, 1, 1, models),
-            (uniform(classes) / hidden**0.5)[..., None].repeat(1, 1, models),
-        ]
+        for shape in ((hidden, classes), (classes,)):
+            drawn = uniform(*shape) / hidden**0.5
+            weights.append(drawn[..., None].repeat_interleave(models, -1))
     return weights
 
 
 def forward(weights, x, scale=1.0, mask=1.0):
-    """The logits of all models: x (L, S, B, D) -> (S, B, C, M). `scale` and `mask` (S, B, H, 1) are dropout's."""
+    """The logits of all models: x (L, S, B, D) -> (S, B, C, M).
+
+    `scale` and `mask` (S, B, H, 1) are dropout's.
+    """
     layers, (bias, *head) = weights[: len(x)], weights[len(x) :]
     out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])  # (S, B, K, M)
     for layer, weight in enumerate(layers):
@@ -110,67 +125,48 @@ def forward(weights, x, scale=1.0, mask=1.0):
 
 
 def train_models(
-    features,
-    labels,
-    classes,
-    seeds,
-    *,
-    hidden=0,
-    epochs=20,
-    batch_size=128,
-    lr=1e-3,
-    dropout=0.1,
-    dtype=torch.float32,
-    progress=lambda: None,
+    features, labels, classes, seeds, lr, recipe, dtype=torch.float32, progress=lambda: None
 ):
-    """Train all subsets of the layers, for several seeds, together: Adam on the mean cross-entropy of each model.
+    """Train all subsets of the layers, for several seeds, together: Adam on the mean cross-entropy
+    of each model.
 
-    features (L, N, D) in the dtype of the products, labels (N,). Every model of a seed sees the same rows in the same
-    order under the same dropout mask, so that any of them trained alone comes out the same. Returns the weights as
-    initial_weights() does. UserError when a weight is not finite.
+    features (L, N, D) in the dtype of the products, labels (N,). Every model of a seed sees the
+    same rows in the same order under the same dropout mask, so that any of them trained alone comes
+    out the same. Returns the weights as initial_weights() does. UserError when one is not finite.
     """
     features = features.contiguous()  # or each step copies the whole to take a batch from it
     (layers, count, size), device = features.shape, features.device
+    hidden, epochs, batch_size, dropout = recipe
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    weights = initial_weights(generators, layers, size, classes, hidden, dtype, device)
+    weights = initial_weights(generators, layers, size, classes, hidden, dtype)
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=lr, fused=True)
-    pool = (
-        torch.rand(
-            max(POOL, 2 * layers * batch_size * max(size, hidden)),
-            device=device,
-            generator=torch.Generator(device).manual_seed(0),
-        )
-        .ge(dropout)
-        .to(features.dtype)
-    )
+    # dropout's masks are windows of a pool: to draw one anew costs a fifth of a step
+    pool_size = max(POOL, 2 * layers * batch_size * max(size, hidden))
+    pool_generator = torch.Generator(device).manual_seed(0)
+    pool = torch.rand(pool_size, device=device, generator=pool_generator).ge(dropout)
+    pool = pool.to(features.dtype)
 
-    def mask(
-        generator, *shape
-    ):  # a window of the pool: to draw a mask anew costs a fifth of a step
-        start = int(
-            torch.randint(len(pool) - math.prod(shape), (), generator=generator, device=device)
-        )
-        return pool[start : start + math.prod(shape)].view(shape)
+    def mask(generator, *shape):
+        length = math.prod(shape)
+        last = len(pool) - length
+        start = int(torch.randint(last, (), generator=generator, device=device))
+        return pool[start : start + length].view(shape)
 
     for _ in range(epochs):
-        orders = torch.stack(
-            [torch.randperm(count, generator=g, device=device) for g in generators]
-        )  # (S, N)
-        for rows in orders.split(batch_size, dim=1):  # (S, B)
-            x, after = (
-                features.index_select(1, rows.flatten()).unflatten(1, rows.shape),
-                1.0,
-            )  # (L, S, B, D)
+        orders = [torch.randperm(count, generator=g, device=device) for g in generators]
+        for rows in torch.stack(orders).split(batch_size, dim=1):  # (S, B)
+            x = features.index_select(1, rows.flatten()).unflatten(1, rows.shape)  # (L, S, B, D)
+            hidden_mask = 1.0
             if dropout:
                 for part, generator in zip(x.unbind(1), generators):
                     part *= mask(generator, *part.shape)
                 if hidden:
-                    after = torch.stack(
-                        [mask(generator, rows.shape[1], hidden, 1) for generator in generators]
-                    )
-            logits = forward(weights, x, 1 / (1 - dropout), after).flatten(0, 1)  # (S * B, C, M)
-            right = labels[rows].flatten()[:, None].expand(-1, logits.shape[2])  # (S * B, M)
-            loss = F.cross_entropy(logits, right, reduction="sum") / rows.shape[1]
+                    masks = [mask(g, rows.shape[1], hidden, 1) for g in generators]
+                    hidden_mask = torch.stack(masks)
+            logits = forward(weights, x, 1 / (1 - dropout), hidden_mask)
+            logits = logits.flatten(0, 1)  # (S * B, C, M)
+            targets = labels[rows].flatten()[:, None].expand(-1, logits.shape[2])  # (S * B, M)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / rows.shape[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -183,186 +179,370 @@ def train_models(
     return [weight.detach() for weight in weights]
 
 
+def model_number(layers, combination):
+    """The number m of the model that has these of the layers."""
+    return sum(2 ** layers.index(layer) for layer in combination)
+
+
 def one_model(weights, layers, combination, seed):
-    """One of the models of train_models() as a module: the features (B, D) of its layers, side by side -> (B, C).
+    """One of the models of train_models() as a module: the features (B, D) of its layers, side by
+    side and scaled as those were -> (B, C).
 
-    layers: those of the features, in order (bit l is the l-th); combination: some of them; seed: its place among the
-    seeds. A grid keeps no weights: train them again, and give the module features scaled as those were (scaling()).
+    layers: those of the features, in order (bit l is the l-th); combination: some of them, in
+    order; seed: its place among the seeds.
     """
-    bits = [l for l, layer in enumerate(layers) if layer in combination]
-    m, parts = sum(2**l for l in bits), []
-    for l in bits:
-        having = (
-            half(torch.arange(2 ** len(layers))[None, None, None], l).flatten().tolist()
-        )  # the models with layer l
-        parts.append(
-            weights[l][seed].unflatten(1, (-1, len(having)))[:, :, having.index(m)]
-        )  # (D, K)
-    rest = [weight[seed, ..., m] for weight in weights[len(layers) :]]
-    modules = []
-    for weight, bias in zip([torch.cat(parts), *rest[1::2]], rest[::2]):
-        modules += [nn.ReLU()] * bool(modules) + [
-            nn.Linear(*weight.shape, dtype=weight.dtype, device=weight.device)
-        ]
-        modules[-1].weight.data, modules[-1].bias.data = weight.T.contiguous(), bias.clone()
-    return nn.Sequential(*modules)
+    number = model_number(layers, combination)
+    parts = []
+    for layer in combination:
+        l = layers.index(layer)
+        users = [m for m in range(2 ** len(layers)) if m >> l & 1]  # in half()'s order
+        columns = weights[l][seed].unflatten(1, (-1, len(users)))  # (D, K, M/2)
+        parts.append(columns[:, :, users.index(number)])
+    bias, *head = [weight[seed, ..., number] for weight in weights[len(layers) :]]
+    model = nn.Sequential(linear(torch.cat(parts), bias))
+    if head:
+        model.extend([nn.ReLU(), linear(*head)])
+    return model
 
 
-@torch.inference_mode()
-def confusion_matrices(weights, features, labels, classes, chunk=512):
-    """Confusion matrices of all models on one test file: (S, M, true C, predicted C) int32 NumPy."""
-    seeds, models = weights[-1].shape[0], weights[-1].shape[-1]
-    total = torch.zeros(
-        seeds * models * classes * classes, dtype=torch.int64, device=features.device
-    )
-    model = torch.arange(seeds * models, device=features.device).view(seeds, 1, models)
-    weights = [weight.to(features.dtype) for weight in weights[: len(features)]] + weights[
-        len(features) :
-    ]
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        predicted = forward(weights, features[:, None, part].expand(-1, seeds, -1, -1)).argmax(
-            2
-        )  # (S, B, M)
-        index = (model * classes + labels[part][None, :, None]) * classes + predicted
-        total += torch.bincount(index.flatten(), minlength=len(total))
-    return total.view(seeds, models, classes, classes).cpu().numpy().astype(np.int32)
+def linear(weight, bias):
+    """nn.Linear with these weights (inputs, outputs) and bias (outputs,)."""
+    module = nn.Linear(*weight.shape, dtype=weight.dtype, device=weight.device)
+    module.weight.data, module.bias.data = weight.T.contiguous(), bias.clone()
+    return module
 
 
-# --- features ----------------------------------------------------------------------------------------------------
+def all_logits(weights, features, chunk=512):
+    """Yield the logits of all models, chunk after chunk: features (L, N, D) -> (S, B, C, M)."""
+    layers, seeds = len(features), len(weights[-1])
+    weights = [weight.to(features.dtype) for weight in weights[:layers]] + weights[layers:]
+    for rows in features.split(chunk, dim=1):
+        yield forward(weights, rows[:, None].expand(-1, seeds, -1, -1))
 
 
-def load_features(folder, manifest, layers, device, pooling, stem):
-    """These layers of one file of features (L, N, D) and its labels (N,), as tensors. UserError for NaN."""
-    rows, classes = manifest["inputs"][f"{stem}.tsv"]["rows"], len(manifest["labels"])
-    path = Path(folder) / f"{stem}.{pooling}.npy"
+def f1_scores(weights, features, labels, classes, chunk=512):
+    """Micro-F1 and macro-F1 of all models on one file: two of (S, M), NumPy."""
+    shape = 2, len(weights[-1]), weights[-1].shape[-1], classes
+    right, predicted = torch.zeros(shape, dtype=torch.int64, device=features.device)  # (S, M, C)
+    for logits, true in zip(all_logits(weights, features, chunk), labels.split(chunk)):
+        guess = logits.argmax(2).mT  # (S, M, B)
+        predicted.scatter_add_(2, guess, torch.ones_like(guess))
+        right.scatter_add_(2, guess, (guess == true).long())
+    counts = right, labels.bincount(minlength=classes), predicted
+    right, true, predicted = [count.cpu().numpy() for count in counts]
+    return micro_f1(right, true), macro_f1(right, true, predicted)
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What all the parts of a grid have in common."""
+
+    folder: str  # of the features
+    manifest: dict
+    layers: list  # to combine, in order
+    source: str  # the language trained on
+    files: list  # tested on, as dev.de, in the order of results.csv
+    recipe: Recipe
+    scale: str  # "layer" or "none"
+    precision: torch.dtype  # of the products
+    device: torch.device
+
+
+def load_features(plan, pooling, stem):
+    """The layers of one file of features (L, N, D) and its labels (N,). UserError for NaN."""
+    folder, manifest = Path(plan.folder), plan.manifest
+    rows = manifest["inputs"][f"{stem}.tsv"]["rows"]
+    path = folder / f"{stem}.{pooling}.npy"
     array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
-    array = np.stack([array[manifest["layers"].index(layer)] for layer in layers]).astype(
-        np.float32
-    )
-    if not np.isfinite(array).all():
+    places = [manifest["layers"].index(layer) for layer in plan.layers]
+    features = torch.from_numpy(array[places].astype(np.float32))
+    if not features.isfinite().all():
         raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
-    labels = np.array(load_array(Path(folder) / f"{stem}.labels.npy", (rows,), "i"), np.int64)
-    if not ((0 <= labels) & (labels < classes)).all():
-        raise UserError(f"{folder}/{stem}.labels.npy holds classes outside 0..{classes - 1}")
-    return torch.from_numpy(array).to(device), torch.from_numpy(labels).to(device)
+    labels = np.array(load_array(folder / f"{stem}.labels.npy", (rows,), "i"), np.int64)
+    return features.to(plan.device), torch.from_numpy(labels).to(plan.device)
 
 
 def scaling(features):
-    """What --scale layer does to features (L, N, D) of train rows: the mean (L, 1, D) to take off, and one number a
-    layer, the root mean square of what is left, (L, 1, 1), to divide by; infinite for a layer that is the same in every
-    row, as [CLS] of the embeddings is."""
+    """What --scale layer does to features (L, N, D) of train rows: the mean (L, 1, D) to take off,
+    and one number a layer (L, 1, 1), the root mean square of what is left, to divide by; infinite
+    for a layer that is the same in every row, as [CLS] of the embeddings is."""
     mean = features.mean(1, keepdim=True)
     number = (features - mean).square().mean((1, 2), keepdim=True).sqrt()
     same = number <= 1e-5 * mean.square().mean(2, keepdim=True).sqrt()
     return mean, torch.where(same, torch.inf, number)
 
 
-# --- scores and choices ------------------------------------------------------------------------------------------
+def scaled(features, scale, precision):
+    mean, divisor = scale
+    return ((features - mean) / divisor).to(precision)
 
 
-# --- the grid folder ---------------------------------------------------------------------------------------------
+# --- the search -----------------------------------------------------------------------------------
 
 
-def write_grid(out, results, labels, select, hidden, seconds, model):
-    """Write results.csv, confusion.LANG.csv, summary.md and best.json of a grid folder; returns the summary."""
-    (keys, columns, source, confusion), (chosen, oracle) = results, choices(results)
-    described = [
-        {"layers": list(layers), "pooling": pooling, "lr": lr} for pooling, layers, lr in keys
-    ]
+class Part(NamedTuple):
+    """The scores of one pooling, rate and seed, in a file that says what it is a part of."""
 
-    def write_csv(name, *rows):
-        with write_atomic(out / name) as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    path: Path
+    of: str
 
-    write_csv(
-        "results.csv",
-        ["pooling", "layers", "hidden", "lr", "seed", *columns],
-        *(
-            [pooling, joined(layers), hidden, lr, seed, *(f"{value:.12g}" for value in scores)]
-            for (pooling, layers, lr), seeds in zip(keys, micro_f1(confusion))
-            for seed, scores in enumerate(seeds)
-        ),
-    )
-    for column, counts in zip(columns, confusion[chosen[select]].sum(0)):  # (C, C), over seeds
-        if column.startswith("test_"):
-            write_csv(
-                f"confusion.{column[5:]}.csv",
-                ["true \\ predicted", *labels],
-                *([label, *row] for label, row in zip(labels, counts.tolist())),
-            )
-    text = summary(results, chosen, oracle, select, hidden, seconds)
-    with write_atomic(out / "summary.md") as file:
-        file.write(text)
-    write_json(
-        out / "best.json",
-        {
-            **described[chosen[select]],
-            "select": select,
-            "hidden": hidden,
-            "model": model,
-            "train_language": source,
-            "per_language": {language: described[g] for language, g in oracle.items()},
-            "protocols": {name: described[g] for name, g in chosen.items()},
-        },
-    )
-    return text
+    def read(self):
+        """The scores (2, F, M) and the seconds they took; None where this search has none yet."""
+        if self.path.exists():
+            with np.load(self.path) as file:
+                if str(file.get("of")) == self.of:
+                    return file["scores"], float(file["seconds"])
+        return None
+
+    def write(self, scores, seconds):
+        with write_atomic(self.path, "wb") as file:
+            np.savez(file, of=self.of, scores=scores, seconds=seconds)
 
 
-# --- the search --------------------------------------------------------------------------------------------------
+def train_group(plan, pooling, lr, seeds, progress):
+    """Train all combinations under one pooling and rate: their weights, and their scaling()."""
+    features, labels = load_features(plan, pooling, f"train.{plan.source}")
+    scale = scaling(features)
+    if plan.scale == "none":
+        scale = torch.zeros_like(scale[0]), torch.ones_like(scale[1])
+    for layer, number in zip(plan.layers, scale[1].flatten()):
+        if number.isinf():
+            say_once(f"{pooling} of layer {layer} is the same for every row: left at zero")
+    features = scaled(features, scale, plan.precision)
+    classes = len(plan.manifest["labels"])
+    weights = train_models(features, labels, classes, seeds, lr, plan.recipe, progress=progress)
+    return weights, scale
 
 
-def part_path(out, pooling, lr, seed):
-    return Path(out) / "parts" / f"{pooling}.{lr}.{seed}.npz"
+def search(plan, parts):
+    """Train those of `parts`, {(pooling, lr, seed): Part}, that are not kept; each process a share."""
+    rank, world = start_processes()
+    todo = [job for job, part in parts.items() if part.read() is None]
+    broadcast()  # all have looked before one writes
+    groups = {}
+    for pooling, lr, seed in todo[rank::world]:
+        groups.setdefault((pooling, lr), []).append(seed)
+    classes = len(plan.manifest["labels"])
+    with progress_bar(total=steps(plan) * len(groups), unit="step", disable=rank > 0) as bar:
+        for (pooling, lr), seeds in groups.items():
+            bar.set_description(f"{pooling}, lr {lr:g}")
+            start = time.perf_counter()
+            weights, scale = train_group(plan, pooling, lr, seeds, bar.update)
+            scores = []
+            for stem in plan.files:
+                features, labels = load_features(plan, pooling, stem)
+                features = scaled(features, scale, plan.precision)
+                scores.append(f1_scores(weights, features, labels, classes))
+            seconds = (time.perf_counter() - start) / len(seeds)
+            scores = np.array(scores)[..., 1:]  # (F, 2, S, M): model 0 has no layer
+            for s, seed in enumerate(seeds):
+                parts[pooling, lr, seed].write(scores[:, :, s].swapaxes(0, 1), seconds)
+    broadcast()  # all parts are there
 
 
-def load_part(path, shape):
-    """The confusion matrices (F, M, C, C) of one pooling, rate and seed, and the seconds they took."""
-    try:
-        with np.load(path) as part:
-            confusion, seconds = part["confusion"], float(part["seconds"])
-    except Exception as error:  # NumPy and zipfile raise a dozen different ones
-        raise UserError(
-            f"{path} is damaged or cut short ({error}): delete it, and run the search again"
-        ) from None
-    if confusion.shape != shape:
-        raise UserError(
-            f"{path} has shape {confusion.shape}, expected {shape}: delete it, and run the search again"
-        )
-    return confusion, seconds
+def join_parts(parts, keys, seeds):
+    """Micro-F1 and macro-F1 of all parts, (2, G, S, F), and the seconds they took."""
+    scores, seconds = zip(*(part.read() for part in parts.values()))
+    scores = np.array(scores)  # (P * R * S, 2, F, M)
+    scores = scores.reshape(-1, seeds, *scores.shape[1:]).transpose(2, 0, 4, 1, 3)
+    return scores.reshape(2, keys, seeds, -1), sum(seconds)
 
 
-def search(jobs, out, load, source, files, classes, *, scale, precision, bar, **settings):
-    """Train what `jobs`, {(pooling, lr): [seed, ...]}, names, and keep each pooling, rate and seed as a part.
+def steps(plan):
+    """Optimizer steps of one pooling and rate."""
+    rows = plan.manifest["inputs"][f"train.{plan.source}.tsv"]["rows"]
+    return math.ceil(rows / plan.recipe.batch_size) * plan.recipe.epochs
 
-    load: load_features() of (pooling, stem). Returns the places of layers without spread, {pooling: [l, ...]}.
+
+# --- the chosen combination -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mean_classifier(plan, combination, weights, scale, seeds):
+    """The mean of these seeds' classifiers, for features as they were extracted.
+
+    A mean of linear classifiers is one linear classifier, which scales its features, too.
     """
-    same = {}
-    for (pooling, lr), seeds in jobs.items():
-        bar.set_description(f"{pooling}, lr {lr:g}")
-        start, mean, divisor = time.perf_counter(), 0, 1
-        features, labels = load(pooling, f"train.{source}")
-        if scale == "layer":
-            mean, divisor = scaling(features)
-            if places := divisor.isinf().flatten().nonzero().flatten().tolist():
-                same[pooling] = places
-        features = ((features - mean) / divisor).to(precision)
-        weights = train_models(
-            features, labels, classes, seeds, lr=lr, progress=bar.update, **settings
+    models = [one_model(weights, plan.layers, combination, seed).double() for seed in seeds]
+    classifier = models[0]
+    for name, parameter in classifier.named_parameters():
+        parameter.data = torch.stack([model.get_parameter(name) for model in models]).mean(0)
+    places = [plan.layers.index(layer) for layer in combination]
+    mean, divisor = scale[0][places].double(), scale[1][places]  # (layers, 1, D), (layers, 1, 1)
+    first = classifier[0]
+    first.weight /= divisor.expand_as(mean).flatten()
+    first.bias -= first.weight @ mean.flatten()
+    return classifier.float().requires_grad_(False)
+
+
+def choose_seeds(results, chosen, select, hidden):
+    """The seeds whose classifiers make the model: all, or the best where there is a hidden layer."""
+    group = columns_of(results.columns, results.source)[select]
+    scores = results.micro[chosen][:, group].mean(1)  # (S,)
+    seeds = list(range(len(scores)))
+    if hidden:
+        return [max(seeds, key=lambda seed: tied(scores[seed]))]
+    return seeds
+
+
+def write_chosen(plan, key, seeds, averaged, out):
+    """Train the chosen combination's pooling and rate once more, which gives the same models.
+
+    Writes confusion.LANG.csv, the counts added up over the seeds. Returns the mean_classifier() of
+    the seeds `averaged`, and how often it labels otherwise than the mean of their logits, in words.
+    """
+    pooling, combination, lr = key
+    with progress_bar(total=steps(plan), unit="step", desc="the chosen one again") as bar:
+        weights, scale = train_group(plan, pooling, lr, range(seeds), bar.update)
+    classifier = mean_classifier(plan, combination, weights, scale, averaged)
+    number = model_number(plan.layers, combination)
+    places = [plan.layers.index(layer) for layer in combination]
+    rows, gaps = 0, []
+    for stem in plan.files:
+        features, labels = load_features(plan, pooling, stem)
+        chunks = all_logits(weights, scaled(features, scale, plan.precision))
+        logits = torch.cat([chunk[..., number].clone() for chunk in chunks], dim=1)  # (S, N, C)
+        if stem.startswith("test."):
+            path = out / f"confusion.{stem.removeprefix('test.')}.csv"
+            write_confusion(path, logits, labels, plan.manifest["labels"])
+        mean = logits[averaged].mean(0)  # (N, C)
+        best, second = mean.topk(2).values.unbind(1)
+        side_by_side = features[places].transpose(0, 1).flatten(1)  # (N, layers * D)
+        otherwise = classifier(side_by_side).argmax(1) != mean.argmax(1)
+        gaps += (best - second)[otherwise].tolist()
+        rows += len(mean)
+    note = f"{len(gaps)} of {rows:,} rows are labelled otherwise than by the search's own logits"
+    if gaps:
+        note += f", the two best of which are within {max(gaps):.1g} there"
+    return classifier, note
+
+
+def check_encoder(features, manifest):
+    """UserError unless the encoder whose features these are is what it was."""
+    model = manifest["model"]
+    identity = revision(model), tokenizer_identity(load_tokenizer(model))
+    if identity != (manifest["revision"], manifest["tokenizer"]):
+        raise UserError(
+            f"--save-model: {model} has changed since {features} was made: run extract.py again"
         )
-        tables = []
-        for stem in files:
-            features, labels = load(pooling, stem)
-            tables.append(
-                confusion_matrices(
-                    weights, ((features - mean) / divisor).to(precision), labels, classes
+
+
+def save_chosen(plan, key, classifier, folder):
+    """Write the encoder, cut at its highest layer, with the classifier, as train.py does."""
+    manifest, (pooling, combination, _) = plan.manifest, key
+    encoder, _ = load_encoder(manifest["model"])
+    drop_pooler(encoder)
+    cut_after(encoder, max(combination))
+    settings = Settings(
+        labels=manifest["labels"],
+        layers=list(combination),
+        pooling=pooling,
+        dropout=plan.recipe.dropout,
+        hidden=plan.recipe.hidden,
+        pairs=manifest["pairs"],
+        max_length=manifest["max_length"],
+    )
+    model = Classifier(encoder, settings)
+    for parameter, trained in zip(model.classifier.parameters(), classifier.parameters()):
+        parameter.data = trained.data.cpu()
+    save_model(model, load_tokenizer(manifest["model"]), folder)
+
+
+# --- the grid folder ------------------------------------------------------------------------------
+
+
+def write_csv(path, rows):
+    with write_atomic(path) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def write_results(out, results, hidden):
+    rows = [["pooling", "layers", "hidden", "lr", "seed", *results.columns]]
+    for (pooling, layers, lr), seeds in zip(results.keys, results.micro):
+        for seed, scores in enumerate(seeds):
+            cells = [f"{value:.12g}" for value in scores]
+            rows.append([pooling, joined(layers), hidden, lr, seed, *cells])
+    write_csv(out / "results.csv", rows)
+
+
+def write_confusion(path, logits, labels, names):
+    """Write the confusion matrix of logits (S, N, C), added up over the seeds."""
+    cells = labels * len(names) + logits.argmax(2)  # (S, N)
+    counts = cells.flatten().bincount(minlength=len(names) ** 2).view(len(names), -1)
+    rows = [["true \\ predicted", *names]]
+    for name, row in zip(names, counts.tolist()):
+        rows.append([name, *row])
+    write_csv(path, rows)
+
+
+def write_best(out, results, select, hidden, model):
+    """Write best.json, what train.py --layers-from takes. Returns the place of the chosen key."""
+    chosen, oracle = choices(results)
+
+    def entry(g):
+        pooling, layers, lr = results.keys[g]
+        return {"layers": list(layers), "pooling": pooling, "lr": lr}
+
+    best = {
+        **entry(chosen[select]),
+        "select": select,
+        "hidden": hidden,
+        "model": model,
+        "train_language": results.source,
+        "per_language": {language: entry(g) for language, g in oracle.items()},
+        "protocols": {protocol: entry(g) for protocol, g in chosen.items()},
+    }
+    write_json(out / "best.json", best)
+    return chosen[select]
+
+
+# --- what there is to search ----------------------------------------------------------------------
+
+
+def read_manifest(folder, layers, poolings):
+    """The manifest.json of a feature folder, which must hold these layers and poolings."""
+    keys = ("complete", "layers", "poolings", "hidden_size", "labels", "inputs", "model", "pairs")
+    manifest = read_json(Path(folder) / "manifest.json", "extract.py", keys)
+    if not manifest["complete"]:
+        raise UserError(f"{folder} is not complete: run extract.py again with the same command")
+    for flag, wanted in (("layers", layers), ("poolings", poolings)):
+        for value in wanted:
+            if value not in manifest[flag]:
+                raise UserError(
+                    f"--{flag} {value}: {folder} holds {' '.join(map(str, manifest[flag]))}, "
+                    "which was all there was when extract.py wrote it"
                 )
-            )
-        seconds = (time.perf_counter() - start) / len(seeds)
-        for seed, confusion in zip(seeds, np.stack(tables, 1)):  # (F, M, C, C)
-            with write_atomic(part_path(out, pooling, lr, seed), "wb") as file:
-                np.savez(file, confusion=confusion[:, 1:], seconds=seconds)
-    return same
+    return manifest
+
+
+def choose_files(folder, manifest, language):
+    """The source language, and the files to test on, as dev.de, the source's own first."""
+    stems = sorted(name.removesuffix(".tsv") for name in manifest["inputs"])
+    trained = [stem.removeprefix("train.") for stem in stems if stem.startswith("train.")]
+    files = [stem for stem in stems if not stem.startswith("train.")]
+    source = language or (trained[0] if len(trained) == 1 else "en")
+    files.sort(key=lambda stem: (stem.split(".")[0], not stem.endswith(f".{source}")))
+    if source not in trained or not files:
+        raise UserError(
+            f"{folder}: the search needs train.{source} and a dev or test file, it holds "
+            f"{' '.join(stems)} (--train-language)"
+        )
+    return source, files
+
+
+def choose_protocol(select, columns, source):
+    """The protocol to select by: `en` for `joint` where no other language has a dev file."""
+    possible = columns_of(columns, source)
+    if select == "joint" and select not in possible and "en" in possible:
+        return "en"
+    if select not in possible:
+        raise UserError(
+            f"--select {select}: the features hold no file to choose by, only {' '.join(columns)} "
+            f"(possible: {' '.join(possible)})"
+        )
+    return select
 
 
 def parse_args(argv):
@@ -371,19 +551,24 @@ def parse_args(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    group = parser.add_argument_group("files")
-    group.add_argument("--features", required=True, help="feature folder (extract.py)")
-    group.add_argument("--out", required=True, help="grid folder to write")
-    group.add_argument(
-        "--overwrite", action="store_true", help="delete the search that is in OUT and start anew"
-    )
-    group.add_argument(
+    some, any_number = in_range(int, 1), in_range(int, 0)
+    add = parser.add_argument_group("files").add_argument
+    add("--features", required=True, help="feature folder (extract.py)")
+    add("--out", required=True, help="grid folder to write")
+    add("--overwrite", action="store_true", help="delete the search that is in OUT and start anew")
+    add(
         "--train-language",
         metavar="LANG",
         help="source language (default: en, or the only one whose train file was extracted)",
     )
-    group = parser.add_argument_group("the search")
-    group.add_argument(
+    add(
+        "--save-model",
+        action="store_true",
+        help="write OUT/model/ too, which labels text: the encoder with the mean of the chosen "
+        "combination's classifiers (with --hidden: with that of the best seed)",
+    )
+    add = parser.add_argument_group("the search").add_argument
+    add(
         "--layers",
         type=int,
         nargs="+",
@@ -391,41 +576,27 @@ def parse_args(argv):
         metavar="K",
         help="layers to combine, 0 is the embeddings (default: 5 6 ... 12)",
     )
-    group.add_argument(
+    add(
         "--poolings",
         nargs="+",
         choices=list(POOLINGS),
         default=list(POOLINGS),
         help=f"(default: {' '.join(POOLINGS)})",
     )
-    group.add_argument(
-        "--seeds", type=in_range(int, 1), default=5, help="models of each combination (default: 5)"
-    )
-    group.add_argument(
+    add("--seeds", type=some, default=5, help="models of each combination (default: 5)")
+    add(
         "--select",
         choices=["joint", "en", "test"],
         default="joint",
-        help="rank by the mean of the other languages' dev sets (default), by the source language's dev "
-        "(en: true zero-shot), or by the mean of the other languages' test sets, as the paper did: "
-        "its scores are then too high by the choice",
+        help="rank by the mean of the other languages' dev sets (joint, the default; where there are "
+        "none it is en), by the source language's dev (en: true zero-shot), or by the mean of the "
+        "other languages' test sets, as the paper did (test: too high by the choice)",
     )
-    group = parser.add_argument_group("each classifier")
-    group.add_argument(
-        "--hidden",
-        type=in_range(int, 0),
-        default=0,
-        help="units of a hidden layer (default: 0: none)",
-    )
-    group.add_argument(
-        "--epochs",
-        type=in_range(int, 1),
-        default=20,
-        help="passes over the train rows (default: 20)",
-    )
-    group.add_argument(
-        "--batch-size", type=in_range(int, 1), default=128, help="rows a step (default: 128)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("each classifier").add_argument
+    add("--hidden", type=any_number, default=0, help="units of a hidden layer (default: 0: none)")
+    add("--epochs", type=some, default=20, help="passes over the train rows (default: 20)")
+    add("--batch-size", type=some, default=128, help="rows a step (default: 128)")
+    add(
         "--lr",
         type=in_range(float, above=0),
         nargs="+",
@@ -434,30 +605,31 @@ def parse_args(argv):
         help="Adam's learning rates: each combination stands at its best one by --select "
         "(default: 1e-4 3e-4 1e-3)",
     )
-    group.add_argument(
+    add(
         "--scale",
         choices=["layer", "none"],
         default="layer",
-        help="take each layer's mean off its features and divide them by one number, their spread over "
-        "the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 the "
-        "paper's plain way, 3,825 models)",
+        help="take each layer's mean off its features and divide them by one number, their spread "
+        "over the train rows (layer, the default), or take them as they are (none; with --lr 1e-3 "
+        "the paper's plain way, 3,825 models)",
     )
-    group.add_argument(
+    add(
         "--dropout",
         type=in_range(float, 0, below=1),
         default=0.1,
         help="on the classifier's input (default: 0.1)",
     )
-    group.add_argument(
+    add(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
         help="of matrix products (default: auto: bf16 where the hardware has it)",
     )
     args = parser.parse_args(argv)
-    for key in ("layers", "poolings", "lr"):
-        if len(set(values := getattr(args, key))) < len(values):
-            parser.error(f"--{key} {' '.join(map(str, values))}: one is named twice")
+    for flag in ("layers", "poolings", "lr"):
+        values = getattr(args, flag)
+        if len(set(values)) < len(values):
+            parser.error(f"--{flag} {' '.join(map(str, values))}: one is named twice")
     if len(args.layers) > 14:
         parser.error(
             f"--layers: {len(args.layers)} layers have {2 ** len(args.layers) - 1:,} combinations; "
@@ -468,63 +640,25 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device, (rank, world) = Path(args.out), pick_device(), start_processes()
-    manifest = read_json(
-        Path(args.features) / "manifest.json",
-        "extract.py",
-        {
-            "layers": [int],
-            "poolings": [str],
-            "hidden_size": int,
-            "labels": [str],
-            "inputs": {str: {"rows": int}},
-            "complete": bool,
-        },
-    )
-    if not manifest["complete"]:
-        raise UserError(
-            f"{args.features} is not complete: run extract.py again with the same command"
-        )
-    for key in ("layers", "poolings"):
-        if missing := [value for value in getattr(args, key) if value not in manifest[key]]:
-            raise UserError(
-                f"--{key} {missing[0]}: {args.features} holds {' '.join(map(str, manifest[key]))}, "
-                "which was all there was when extract.py wrote it"
-            )
-    stems = sorted(name.removesuffix(".tsv") for name in manifest["inputs"])
-    trained = [stem[6:] for stem in stems if stem.startswith("train.")]
-    source = args.train_language or (trained[0] if len(trained) == 1 else "en")
-    files = sorted(
-        (stem for stem in stems if not stem.startswith("train.")),
-        key=lambda stem: (stem[:3], not stem.endswith(f".{source}"), stem),
-    )
+    out, device = Path(args.out), pick_device()
+    rank, world = start_processes()
+    # 1. what there is to train on, to test on and to choose by
+    manifest = read_manifest(args.features, args.layers, args.poolings)
+    source, files = choose_files(args.features, manifest, args.train_language)
     columns = [stem.replace(".", "_", 1) for stem in files]
-    if source not in trained or not files:
-        raise UserError(
-            f"{args.features}: the search needs train.{source} and a dev or test file, "
-            f"it holds {' '.join(stems)} (--train-language)"
-        )
-    if args.select not in columns_of(columns, source):
-        raise UserError(
-            f"--select {args.select}: the features hold no file to choose by, only {' '.join(files)} "
-            f"(possible: {' '.join(columns_of(columns, source))})"
-        )
+    select = choose_protocol(args.select, columns, source)
+    if args.save_model:
+        check_encoder(args.features, manifest)
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
         precision = torch.float32
-    layers, rates, seeds, classes = (
-        sorted(args.layers),
-        sorted(args.lr),
-        range(args.seeds),
-        len(manifest["labels"]),
+    recipe = Recipe(args.hidden, args.epochs, args.batch_size, args.dropout)
+    layers, rates = sorted(args.layers), sorted(args.lr)
+    plan = Plan(
+        args.features, manifest, layers, source, files, recipe, args.scale, precision, device
     )
-    combinations = [
-        tuple(k for bit, k in enumerate(layers) if m >> bit & 1) for m in range(1, 2 ** len(layers))
-    ]
-    groups = list(itertools.product(args.poolings, rates))
-    settings = {key: getattr(args, key) for key in ("hidden", "epochs", "batch_size", "dropout")}
     description = {
-        **settings,
+        **recipe._asdict(),
         "seeds": args.seeds,
         "layers": layers,
         "poolings": args.poolings,
@@ -534,87 +668,53 @@ def main(argv=None):
         "precision": str(precision).removeprefix("torch."),
         "manifest": sha256(Path(args.features) / "manifest.json"),
     }
-    with claim(out, rank):
-        agree(
-            rank == 0
-            and start_folder(
-                out,
-                "run.json",
-                "grid_search.py",
-                description,
-                {"features": args.features, "versions": versions()},
-                args.overwrite,
-            )
-        )
+    # 2. the models
+    combinations = []
+    for m in range(1, 2 ** len(layers)):
+        combinations.append(tuple(layer for l, layer in enumerate(layers) if m >> l & 1))
+    groups = list(product(args.poolings, rates))
+    keys = [(pooling, layers, lr) for (pooling, lr), layers in product(groups, combinations)]
+    parts = {}
+    for (pooling, lr), seed in product(groups, range(args.seeds)):
+        of = json.dumps([description, pooling, lr, seed])
+        parts[pooling, lr, seed] = Part(out / "parts" / f"{pooling}.{lr}.{seed}.npz", of)
+    noted = {"features": args.features, "versions": versions()}
+    with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
+        # 3. train those that are not kept yet
         if rank == 0:
+            start_folder(
+                out, "run.json", "grid_search.py", description | noted, noted, args.overwrite
+            )
             print(
-                f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x {len(args.poolings)} "
-                f"poolings x {len(rates)} learning rates x {args.seeds} seeds = "
-                f"{len(combinations) * len(groups) * args.seeds:,} models, trained on {source}, on "
-                f"{f'{world} processes' if world > 1 else device}, {description['precision']} products"
+                f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x "
+                f"{len(args.poolings)} poolings x {len(rates)} learning rates x {args.seeds} seeds "
+                f"= {len(keys) * args.seeds:,} models, trained on {source}, on "
+                f"{f'{world} processes' if world > 1 else device}, "
+                f"{description['precision']} products"
             )
-        todo = [
-            (group, seed)
-            for group in groups
-            for seed in seeds
-            if not part_path(out, *group, seed).exists()
-        ]
-        agree()  # all have looked before one writes
-        mine = {}  # this process's share
-        for group, seed in todo[rank::world]:
-            mine.setdefault(group, []).append(seed)
-        load = functools.partial(load_features, args.features, manifest, layers, device)
-        steps = (
-            -(-manifest["inputs"][f"train.{source}.tsv"]["rows"] // args.batch_size)
-            * args.epochs
-            * len(mine)
-        )
-        with (
-            out_of_memory("name fewer --layers, or --seeds at a time"),
-            progress_bar(total=steps, unit="step", disable=rank > 0) as bar,
-        ):
-            same = search(
-                mine,
-                out,
-                load,
-                source,
-                files,
-                classes,
-                scale=args.scale,
-                precision=precision,
-                bar=bar,
-                **settings,
-            )
-        agree()  # all parts are there
+            if select != args.select:
+                print(f"no other language has a dev file: the choice is by that of {source}")
+        broadcast()
+        search(plan, parts)
         if rank > 0:
             return 0
-        for pooling, places in same.items():
-            print(
-                f"{pooling} of layer {' '.join(str(layers[l]) for l in places)} is the same for every row: "
-                "left at zero"
-            )
-        shape = len(files), len(combinations), classes, classes
-        parts = [
-            [load_part(part_path(out, *group, seed), shape) for seed in seeds] for group in groups
-        ]
-        confusion = np.moveaxis(
-            [[part[0] for part in row] for row in parts], 3, 1
-        )  # (P * R, M, S, F, C, C)
-        results = Results(
-            [(pooling, layers, lr) for pooling, lr in groups for layers in combinations],
-            columns,
-            source,
-            confusion.reshape(-1, *confusion.shape[2:]),
-        )
-        text = write_grid(
-            out,
-            results,
-            manifest["labels"],
-            args.select,
-            args.hidden,
-            sum(part[1] for row in parts for part in row),
-            manifest.get("model"),
-        )
+        # 4. rank them
+        scores, seconds = join_parts(parts, len(keys), args.seeds)
+        results = Results(keys, columns, source, *scores)
+        write_results(out, results, args.hidden)
+        chosen = write_best(out, results, select, args.hidden, manifest["model"])
+        text = summary(results, select, args.hidden, seconds)
+        with write_atomic(out / "summary.md") as file:
+            file.write(text)
+        # 5. train the chosen combination once more
+        averaged = choose_seeds(results, chosen, select, args.hidden)
+        classifier, note = write_chosen(plan, keys[chosen], args.seeds, averaged, out)
+        if args.save_model:
+            save_chosen(plan, keys[chosen], classifier, out / "model")
+            made = f"the mean of {args.seeds} seeds' classifiers"
+            if args.hidden:
+                made = f"the classifier of seed {averaged[0]}, the best by {select}"
+            print(f"{out}/model: {made}; {note}")
         finish_folder(out, "run.json")
     print(text, f"written to {out}/", sep="\n")
     return 0

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -161,15 +162,15 @@ def freezing_is_due(when, epoch, metrics, source):
 # --- the run --------------------------------------------------------------------------------------
 
 
-def fit(args, model, tokenizer, readers, train_set, sets, dtype, stop):
+def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     """Train `model` on an Encoded; evaluate it on `sets` and save it after each epoch.
 
-    args: the flags; readers: of parameter_layers(); sets: {(split, language): Encoded}; dtype: of
-    matrix products. Returns 0, or the number of the signal that stopped it.
+    args: the flags; readers: of parameter_layers(); sets: {(split, language): Encoded}. Returns 0,
+    or the number of the signal that stopped it.
     """
     out, pad_id = Path(args.out), tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    rank, world = start_processes()
+    device, (rank, world) = pick_device(), start_processes()
+    dtype = pick_precision(args.precision, device)
     per_epoch = -(-len(train_set.labels) // args.batch_size)
     steps = args.epochs * per_epoch
 
@@ -177,7 +178,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, dtype, stop):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics, totals, mean = load_state(out, model, optimizer, scaler)
-    log = Log(out, step, steps)
+    log.start(step, steps)
     trained, frozen = distributed(model), []
     model.train()
 
@@ -250,9 +251,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, dtype, stop):
             if stop_now and step < steps:
                 name = signal.Signals(stop_now).name
                 log.say(f"stopped by {name} after step {step}, the state is saved")
-                log.close()
                 return stop_now
-    log.close()
     if rank == 0:
         model.load_state_dict(mean, strict=False)
         save_model(model, tokenizer, out / "epochs" / "mean")
@@ -739,7 +738,8 @@ def main(argv=None):
             print(*lines, sep="\n")
             print(data_line(model, batches, train_set.lengths))
             print(precision_line(dtype, args.precision, device, world))
-        number = fit(args, model, tokenizer, readers, train_set, sets, dtype, stop)
+        with closing(Log(out)) as log:
+            number = fit(args, model, tokenizer, readers, train_set, sets, stop, log)
         if rank > 0:
             return 128 + number if number else 0
         if number:

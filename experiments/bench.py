@@ -52,14 +52,13 @@ from data import (
     train_language,
 )
 from extract import pool_all, to_dtype
-from grid_search import confusion_matrices, train_models
+from grid_search import Recipe, f1_scores, train_models
 from lib.archives import write_columns
 from lib.devices import autocast, pick_device, pick_precision, to_device
 from lib.encoders import drop_pooler, load_encoder
 from lib.folders import versions, write_atomic, write_json
 from lib.hub import revision
 from lib.messages import UserError, cli, in_range
-from lib.scores import micro_f1
 from lib.tables import markdown_table
 from model import Classifier, predict
 
@@ -296,10 +295,8 @@ def bench_search(table, rows, layers, size, classes, dtype, seeds=5):
     fast, found = features.to(dtype), {}
 
     def ours():
-        weights = train_models(fast[:, :rows], y[:rows], classes, list(range(seeds)))
-        found["f1"] = micro_f1(
-            confusion_matrices(weights, fast[:, rows:], y[rows:], classes)
-        )  # (S, M)
+        weights = train_models(fast[:, :rows], y[:rows], classes, range(seeds), 1e-3, Recipe())
+        found["f1"], _ = f1_scores(weights, fast[:, rows:], y[rows:], classes)  # (S, M)
 
     reset_peak()
     wait()

@@ -1,293 +1,490 @@
-"""The paper's eight conclusions, each tested: fine-tune what must be compared, and say what the difference is worth.
+"""The paper's eight conclusions, each tested: train what must be compared, and say what the
+difference is worth.
 
     make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli
-    python -m experiments.claims --model sample/model --data sample/intents14 --out claims/sample --lr 2e-4 --controls
+    python -m experiments.claims --model sample/model --data sample/intents14 \\
+        --out claims/sample --lr 2e-4 --controls
 
-Reads   the encoder and a data set folder; with --grid a grid folder of grid_search.py, for what phase 1 says.
-Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a second one trains nothing),
-        OUT/claims.json and OUT/claims.md: for each conclusion what was compared, the difference with its 95 % interval,
-        and the verdict.
+Reads   the encoder and a data set folder; with --grid a grid folder of grid_search.py, for what
+        phase 1 says.
+Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a second one trains
+        nothing), OUT/claims.json and OUT/claims.md: for each conclusion what was compared, the
+        difference with its 95 % interval over rows and seeds, and the verdict.
 Paper   section 1.9.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import train
-from data import read_labels, read_sets, split_languages, take, train_language
-from evaluate import run_logits
+from data import group_numbers, read_labels, read_sets, split_languages, take, train_language
+from evaluate import Split, run_logits
 from lib.encoders import blocks, check_layers, load_encoder
 from lib.folders import read_grid, read_run, write_atomic, write_json
 from lib.messages import UserError, cli, in_range
-from lib.scores import at_best_rate, choose_epochs, mean_of_others
-from lib.significance import bootstrap_difference, parallel, premise_clusters
+from lib.scores import at_best_rate, columns_of, mean_of_others, rank
+from lib.significance import MARGIN, holm, intervals, parallel, verdict
 from lib.tables import markdown_table, paper_order
 from model import POOLINGS
 
-MARGIN = 0.01  # "does not help" means: helps by less than this, with 95 % confidence
+DRAWS = 3  # of random layers, for each seed
+TRAIN_ROWS = 1000  # that train accuracy is measured on
 
 
-def systems(top, layers, pooling, freeze, freeze_epoch, hidden, epochs):
-    """The runs that the conclusions need, {name: flags of train.py}; all but the named thing is the paper's recipe.
+# --- what is trained ------------------------------------------------------------------------------
 
-    top: the encoder's last layer. Of 12 blocks the middle one is layer 8, and layers 5 to 12 are those of the search.
+
+class Recipe(NamedTuple):
+    """The paper's system, of which all others change one thing."""
+
+    top: int  # the encoder's last layer
+    layers: list
+    pooling: str
+    freeze_layers: list
+    freeze_epoch: str  # a number, or auto
+    hidden: int  # units of the deeper classifier
+    epochs: int
+
+    def pooled(self, layers):
+        """Flags of train.py that pool these layers."""
+        return ["--layers", *layers, "--pooling", self.pooling]
+
+    def frozen(self, layers, epoch):
+        """Flags of train.py for MC-BERT with these layers frozen."""
+        freezing = ["--freeze-layers", *layers, "--freeze-epoch", epoch]
+        return self.pooled(self.layers) + freezing
+
+
+def systems(recipe):
+    """The runs that the conclusions need: {name: flags of train.py}.
+
+    Of 12 layers the middle one is layer 8, and layers 5 to 12 are those of the search.
     """
-    chosen = ["--layers", *layers, "--pooling", pooling]
+    top, chosen = recipe.top, recipe.pooled(recipe.layers)
+    upper = range(max(0, top // 2 - 1), top + 1)
+    longer = ["--epochs", 2 * recipe.epochs, "--schedule", "constant", "--keep-all"]
     return {
         "baseline": ["--head", "pooler"],
-        "last-layer": ["--layers", top, "--pooling", pooling],
-        "middle-layer": ["--layers", 2 * top // 3, "--pooling", pooling],
-        "upper-layers": ["--layers", *range(max(0, top // 2 - 1), top + 1), "--pooling", pooling],
+        "last-layer": recipe.pooled([top]),
+        "middle-layer": recipe.pooled([2 * top // 3]),
+        "upper-layers": recipe.pooled(upper),
         "mc-bert": chosen,
-        "mc-bert-long": [*chosen, "--epochs", 2 * epochs, "--schedule", "constant", "--keep-all"],
-        "mc-bert-mean": ["--layers", *layers, "--pooling", "mean"],
-        "mc-bert-cls": ["--layers", *layers, "--pooling", "cls"],
-        "mc-bert-wf": [*chosen, "--freeze-layers", *freeze, "--freeze-epoch", freeze_epoch],
+        "mc-bert-long": chosen + longer,
+        "mc-bert-mean": ["--layers", *recipe.layers, "--pooling", "mean"],
+        "mc-bert-cls": ["--layers", *recipe.layers, "--pooling", "cls"],
+        "mc-bert-wf": recipe.frozen(recipe.freeze_layers, recipe.freeze_epoch),
         "mc-bert-no-dropout": [*chosen, "--dropout", 0, "--encoder-dropout", 0],
-        "mc-bert-deep": [*chosen, "--hidden", hidden],
+        "mc-bert-deep": [*chosen, "--hidden", recipe.hidden],
     }
 
 
-def controls(top, layers, pooling, freeze, freeze_epoch, epochs, seed):
-    """The runs of --controls, {name: (flags of train.py, what it is, the system to compare with)}."""
-    chosen = ["--layers", *layers, "--pooling", pooling]
-    pooled, frozen = (
-        sorted((1 + np.random.default_rng([seed, i]).permutation(top)[: len(drawn)]).tolist())
-        for i, drawn in enumerate((layers, freeze))
-    )  # other layers for each seed
-    found = {
-        f"wf-epoch-{n}": (
-            [*chosen, "--freeze-layers", *freeze, "--freeze-epoch", n],
-            what,
-            "mc-bert-wf",
-        )
-        for n, what in (
-            (1, "frozen after 1 epoch"),
-            (3, "frozen after 3 epochs"),
-            ("auto", "frozen at the first fall on joint dev"),
-        )
-        if str(n) != freeze_epoch and (n == "auto" or n < epochs)
-    }
-    for name, instead, what in (
-        ("wf-lowest", range(top // 2 + 1), f"embeddings and lowest {top // 2} frozen instead"),
-        ("wf-random", frozen, f"{len(freeze)} random layers frozen instead"),
-    ):
-        found[name] = (
-            [*chosen, "--freeze-layers", *instead, "--freeze-epoch", freeze_epoch],
-            what,
-            "mc-bert-wf",
-        )
-    found["random-layers"] = (
-        ["--layers", *pooled, "--pooling", pooling],
-        f"{len(layers)} random layers pooled instead",
-        "mc-bert",
-    )
-    found["mc-bert-mix"] = (
-        [*chosen, "--combine", "mix"],
-        "layers mixed, not side by side",
-        "mc-bert",
-    )
-    return found
+class Control(NamedTuple):
+    """A control of --controls in one seed."""
+
+    what: str
+    against: list  # the systems it is compared with
+    runs: dict  # {name: flags of train.py}: one, or several draws, whose mean counts
 
 
-# (number, the paper's words, A, B, which way): A - B > 0 is the claim; "no gain": A is at most MARGIN better than B
+def draw_layers(top, count, seed, kind, draw):
+    """`count` random layers of 1 to `top`: others for each seed, kind of control and draw."""
+    order = np.random.default_rng([seed, kind, draw]).permutation(top)
+    return sorted((1 + order[:count]).tolist())
+
+
+def controls(recipe, seed):
+    """The runs of --controls: {name: Control}.
+
+    Freezing in another way stands beside the paper's way, and beside not freezing at all.
+    """
+    top, frozen, when = recipe.top, recipe.freeze_layers, recipe.freeze_epoch
+    either = ["mc-bert-wf", "mc-bert"]
+    every = {}
+
+    # frozen at another time
+    for epoch in ("1", "3", "auto"):
+        if epoch == when or (epoch != "auto" and int(epoch) >= recipe.epochs):
+            continue
+        what = f"frozen after epoch {epoch}"
+        if epoch == "auto":
+            what = "frozen at the first fall on joint dev"
+        name = f"wf-epoch-{epoch}"
+        every[name] = Control(what, either, {name: recipe.frozen(frozen, epoch)})
+
+    # other layers
+    low = range(top // 2 + 1)
+    what = f"embeddings and lowest {top // 2} frozen instead"
+    every["wf-lowest"] = Control(what, either, {"wf-lowest": recipe.frozen(low, when)})
+    random_frozen, random_pooled = {}, {}
+    for draw in range(DRAWS):
+        layers = draw_layers(top, len(recipe.layers), seed, 0, draw)
+        random_pooled[f"random-layers-{draw + 1}"] = recipe.pooled(layers)
+        layers = draw_layers(top, len(frozen), seed, 1, draw)
+        random_frozen[f"wf-random-{draw + 1}"] = recipe.frozen(layers, when)
+    what = f"{len(frozen)} random layers frozen instead"
+    every["wf-random"] = Control(what, either, random_frozen)
+    what = f"{len(recipe.layers)} random layers pooled instead"
+    every["random-layers"] = Control(what, ["mc-bert"], random_pooled)
+
+    mixed = [*recipe.pooled(recipe.layers), "--combine", "mix"]
+    what = "layers mixed, not side by side"
+    every["mc-bert-mix"] = Control(what, ["mc-bert"], {"mc-bert-mix": mixed})
+    return every
+
+
+def plan(recipe, added):
+    """All runs of a seed, (system, name, flags of train.py); added: {name: Control}."""
+    planned = [(name, name, flags) for name, flags in systems(recipe).items()]
+    for system, control in added.items():
+        planned += [(system, name, flags) for name, flags in control.runs.items()]
+    return planned
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """Two systems, and what is claimed of them."""
+
+    number: int | None  # of the paper's conclusions; None: a control
+    claim: str
+    a: str  # counts at its last epoch; NAME@half: after half of them; NAME@mean: the mean of all
+    b: str
+    way: str = "better"  # A is better; "no gain": A is not better by MARGIN
+
+
 CONCLUSIONS = [
-    (
-        1,
-        "longer fine-tuning hurts the other languages",
-        "mc-bert-long@half",
-        "mc-bert-long",
-        "better",
-    ),
-    (1, "control: mean of the epochs, not the last", "mc-bert@mean", "mc-bert", "control"),
-    (1, "control: the same, trained for long", "mc-bert-long@mean", "mc-bert-long", "control"),
-    (2, "more hidden states beat the [CLS] head", "mc-bert", "baseline", "better"),
-    (3, "max pooling beats mean", "mc-bert", "mc-bert-mean", "better"),
-    (3, "max pooling beats [CLS]", "mc-bert", "mc-bert-cls", "better"),
-    (4, "not all layers are needed", "upper-layers", "mc-bert", "no gain"),
-    (4, "a middle layer beats the last", "middle-layer", "last-layer", "better"),
-    (5, "combining layers helps", "mc-bert", "middle-layer", "better"),
-    (5, "combining layers beats the last one", "mc-bert", "last-layer", "better"),
-    (6, "freezing on the go helps", "mc-bert-wf", "mc-bert", "better"),
-    (6, "control: freezing, or the mean of the epochs", "mc-bert-wf", "mc-bert@mean", "control"),
-    (7, "dropout is needed", "mc-bert", "mc-bert-no-dropout", "better"),
-    (8, "a deeper classifier does not help", "mc-bert-deep", "mc-bert", "no gain"),
+    Comparison(1, "longer fine-tuning hurts the others", "mc-bert-long@half", "mc-bert-long"),
+    Comparison(2, "more hidden states beat the [CLS] head", "mc-bert", "baseline"),
+    Comparison(3, "max pooling beats mean", "mc-bert", "mc-bert-mean"),
+    Comparison(3, "max pooling beats [CLS]", "mc-bert", "mc-bert-cls"),
+    Comparison(4, "not all layers are needed", "upper-layers", "mc-bert", "no gain"),
+    Comparison(4, "a middle layer beats the last", "middle-layer", "last-layer"),
+    Comparison(5, "combining layers helps", "mc-bert", "middle-layer"),
+    Comparison(5, "combining layers beats the last one", "mc-bert", "last-layer"),
+    Comparison(6, "freezing on the go helps", "mc-bert-wf", "mc-bert"),
+    Comparison(7, "dropout is needed", "mc-bert", "mc-bert-no-dropout"),
+    Comparison(8, "a deeper classifier does not help", "mc-bert-deep", "mc-bert", "no gain"),
 ]
+CONTROLS = [  # which need no runs of their own
+    Comparison(None, "mean of the epochs, not the last", "mc-bert@mean", "mc-bert"),
+    Comparison(None, "the same after long training", "mc-bert-long@mean", "mc-bert-long"),
+    Comparison(None, "freezing, or the mean of the epochs", "mc-bert-wf", "mc-bert@mean"),
+]
+MORE_EPOCHS = {"mc-bert": ["mean"], "mc-bert-long": ["half", "mean"]}  # beside the last
 
 
-def verdict(low, high, by_seed, way):
-    """supported, not supported or undecided, from an interval of A - B and its value for each seed.
+class Outcome(NamedTuple):
+    """What a run, or the mean of several draws, reaches in one seed."""
 
-    "better": supported when the interval is above 0 and so is every seed; not supported when both are below.
-    "no gain": supported when the interval is below MARGIN; not supported when it is above 0 and so is every seed.
+    right: np.ndarray  # (N, L), whether each row is right in each language
+    train: float  # accuracy on train rows
+
+
+class Run(NamedTuple):
+    """A run, and what came of it."""
+
+    system: str  # its name, or that of the control of which it is a draw
+    name: str
+    arguments: dict  # flags of train.py
+    frozen_after: float | None  # epochs done when layers froze; None: they never did
+    outcomes: dict  # {last, half, mean: Outcome}
+
+    @property
+    def seed(self):
+        return self.arguments["seed"]
+
+    @property
+    def counts(self):
+        """A run that was to freeze and never did is no frozen run."""
+        return self.frozen_after is not None or not self.arguments["freeze_layers"]
+
+
+def is_right(folder, epoch, split, batch_size):
+    """Whether a run's model after `epoch` is right on the rows of a Split: (N, L)."""
+    logits = run_logits(folder, dict.fromkeys(split.rows, epoch), split, batch_size)
+    columns = []
+    for language, rows in split.rows.items():
+        columns.append(logits[language].argmax(1) == rows.labels)  # (N, C) -> (N,)
+    return np.stack(columns, axis=1).astype(float)
+
+
+def frozen_after(metrics):
+    """How many epochs were done when layers froze, by the rows of metrics.jsonl; None: never."""
+    before, epoch = 0, 0
+    for row in metrics:
+        if row["epoch"] > epoch:  # the next evaluation
+            before, epoch = epoch, row["epoch"]
+        if row["frozen_layers"]:
+            return before
+    return None
+
+
+def read_outcomes(folder, system, name, split, train_rows, batch_size):
+    """The Run of a finished folder. split: what is compared on; train_rows: of the source language.
+
+    Train accuracy: dropout off, on rows spread evenly over those trained on.
     """
-    if way == "no gain":
-        return (
-            "supported"
-            if high < MARGIN
-            else "not supported"
-            if low > 0 and min(by_seed) > 0
-            else "undecided"
-        )
-    if low > 0 and min(by_seed) > 0:
-        return "supported"
-    return "not supported" if high < 0 and max(by_seed) < 0 else "undecided"
-
-
-WORDS = {
-    "supported": "better",
-    "not supported": "worse",
-    "undecided": "undecided",
-}  # a control claims nothing
-
-
-def phase_one(folder, split):
-    """What a grid says on conclusions 3, 4 and 5, as Markdown lines: mean F1 of the other languages' sets, each
-    combination at the learning rate that the search preferred."""
-    grid, columns, best = read_grid(folder)
-    source = best["train_language"]
-    if not any(
-        column.startswith(f"{split}_") and column != f"{split}_{source}" for column in columns
-    ):
-        raise UserError(f"{folder} has no {split} scores in another language than {source}")
-    at_best = at_best_rate(grid, best)
-    scores = {
-        key: mean_of_others(entry, split, source).mean() for key, (_, entry) in at_best.items()
-    }
-    poolings = {
-        p: np.mean([s for (pooling, _), s in scores.items() if pooling == p])
-        for p in dict.fromkeys(p for p, _ in scores)
-    }
-    single = {key: s for key, s in scores.items() if len(key[1]) == 1}
-    most = max(len(layers) for _, layers in scores)
-    everything = {key: s for key, s in scores.items() if len(key[1]) == most}
-
-    def top(some):
-        pooling, layers = key = max(some, key=some.get)
-        return (
-            f"{pooling} of {'+'.join(map(str, layers))} at lr {at_best[key][0]:g}, {some[key]:.1f}"
-        )
-
-    return [
-        f"Phase 1, {folder}, trained on {source}: micro-F1, mean of the other languages' {split} sets\n",
-        f"- (3) mean over all combinations: {', '.join(f'{p} {s:.1f}' for p, s in poolings.items())}",
-        f"- (4) best single layer: {top(single)}; all layers: {top(everything)}"
-        if single
-        else f"- (4) all layers: {top(everything)}",
-        f"- (5) best combination, chosen on these sets: {top(scores)}",
-    ]
-
-
-def correctness(folder, data, split, epoch, sets, batch_size):
-    """Whether a run is right on each row: (rows, languages) 0 or 1.
-
-    epoch: last, mean, or half of the last; sets: {language: Rows}.
-    """
-    run, metrics = read_run(folder)
-    if not run["complete"]:
+    about, metrics = read_run(folder)
+    if not about["complete"]:
         raise UserError(f"{folder} is not finished: give the same command again")
-    protocol = str(run["arguments"]["epochs"] // 2) if epoch == "half" else epoch
-    epochs = choose_epochs(metrics, protocol, sets, run["arguments"]["train_language"], folder)
-    logits = run_logits(folder, run, epochs, data, split, sets, batch_size)
-    return (
-        np.stack(
-            [logits[language].argmax(1) == rows.labels for language, rows in sets.items()], axis=1
-        )
-        * 1.0
-    )
+    arguments = about["arguments"]
+    last, source = arguments["epochs"], arguments["train_language"]
+    sample = take(take(train_rows, arguments["max_train_rows"]), TRAIN_ROWS)
+    train_split = Split(split.folder, "train", {source: sample})
+    outcomes = {}
+    for which in ["last", *MORE_EPOCHS.get(name, [])]:
+        epoch = {"last": last, "half": last // 2, "mean": "mean"}[which]
+        right = is_right(folder, epoch, split, batch_size)
+        in_train = is_right(folder, epoch, train_split, batch_size)
+        outcomes[which] = Outcome(right, float(in_train.mean()))
+    return Run(system, name, arguments, frozen_after(metrics), outcomes)
 
 
-def accuracies(right, trained, source):
-    """What each system reaches, means over its seeds: on the source language, whose place is `source`, on the others'
-    mean, and on the train rows in the last epoch, which says whether it has learned by then.
+def mean_outcome(outcomes):
+    right = np.mean([outcome.right for outcome in outcomes], axis=0)
+    return Outcome(right, float(np.mean([outcome.train for outcome in outcomes])))
 
-    right: {system or system@epoch: for each seed, (rows, languages)}; trained: {system: for each seed}.
+
+def by_system(runs):
+    """{system or system@epoch: {seed: Outcome}}: of the runs that count, the mean of the draws."""
+    gathered = {}
+    for run in runs:
+        for which, outcome in run.outcomes.items():
+            name = run.system
+            if which != "last":
+                name += f"@{which}"
+            seeds = gathered.setdefault(name, {})
+            if run.counts:
+                seeds.setdefault(run.seed, []).append(outcome)
+    for seeds in gathered.values():
+        for seed, draws in seeds.items():
+            seeds[seed] = mean_outcome(draws)
+    return gathered
+
+
+def compare(a, b, groups, source):
+    """A - B, {seed: Outcome} each, in the seeds that both have: the seeds, and an Interval of the
+    source language and one of the mean of the others (None without a seed).
+
+    groups (N,): rows to resample together; source: the language's place.
     """
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return seeds, None, None
+    difference = np.stack([a[seed].right - b[seed].right for seed in seeds])  # (S, N, L)
+    others = np.delete(difference, source, axis=2).mean(2)  # (S, N)
+    both = np.stack([difference[:, :, source], others], axis=2)  # (S, N, 2)
+    return seeds, *intervals(both, groups)
+
+
+def judge(comparisons, outcomes, groups, source):
+    """What claims.json says of a family of Comparisons: Holm's correction is over all of them.
+
+    outcomes: {system: {seed: Outcome}}. One seed has an interval of the rows and no verdict.
+    """
+    compared = [compare(outcomes[c.a], outcomes[c.b], groups, source) for c in comparisons]
+    corrected = iter(holm([others.p for seeds, _, others in compared if len(seeds) > 1]))
     rows = []
-    for name, seeds in right.items():
-        languages = np.stack(seeds).mean((0, 1))
-        rows.append(
-            {
-                "name": name,
-                "train": float(np.mean(trained[name])) if name in trained else None,
-                "source": float(languages[source]),
-                "others": float(np.delete(languages, source).mean()),
-            }
-        )
+    for comparison, (seeds, in_source, others) in zip(comparisons, compared):
+        row = comparison._asdict() | {"seeds": seeds, "verdict": "no seed"}
+        if seeds:
+            row |= {"source": in_source._asdict(), "others": others._asdict()}
+            row["verdict"] = "one seed"
+        if len(seeds) > 1:
+            row["p_holm"] = float(next(corrected))
+            row["verdict"] = verdict(others, row["p_holm"], comparison.way)
+        if comparison.number is None:  # a control claims nothing
+            words = {"supported": "better", "not supported": "worse"}
+            row["verdict"] = words.get(row["verdict"], row["verdict"])
+        rows.append(row)
     return rows
 
 
-def compare(a, b, clusters, source, resamples):
-    """Differences A - B of two (seeds, rows, languages) arrays, on the source language, whose place `source` is, and on
-    the mean of the others."""
-    difference = a - b  # the same seeds, paired
-    others = [i for i in range(a.shape[2]) if i != source]
-    both = np.stack(
-        [difference[:, :, source], difference[:, :, others].mean(2)], axis=2
-    )  # (S, N, 2)
-    mean, low, high, p = bootstrap_difference(both.mean(0), clusters, resamples)
-    return {
-        name: {
-            "difference": mean[i],
-            "low": low[i],
-            "high": high[i],
-            "p": p[i],
-            "by_seed": both[:, :, i].mean(1).tolist(),
-        }
-        for i, name in enumerate(("source", "others"))
-    }
+def accuracies(outcomes, source):
+    """What each system reaches: means over its seeds; `source` is the language's place."""
+    rows = []
+    for name, seeds in outcomes.items():
+        row = {"name": name, "seeds": sorted(seeds)}
+        if seeds:
+            mean = mean_outcome(seeds.values())
+            languages = mean.right.mean(0)  # (N, L) -> (L,)
+            row["train"] = mean.train
+            row["source"] = float(languages[source])
+            row["others"] = float(np.delete(languages, source).mean())
+        rows.append(row)
+    return rows
 
 
-def report(found, what):
-    """claims.json's content as Markdown; `what`: a paragraph on what the systems are."""
+def what_happened(runs, top, source):
+    """When each run of --freeze-epoch auto froze, and which layers were drawn at random: two lists
+    of what claims.json says of them. top: the last layer; source: the language's place."""
+    froze, draws = [], []
+    for run in runs:
+        entry = {"run": run.name, "seed": run.seed}
+        if run.arguments["freeze_epoch"] == "auto":
+            froze.append(entry | {"after": run.frozen_after})
+        if run.name != run.system:
+            layers = run.arguments["freeze_layers"] or run.arguments["layers"]
+            above = sum(layer > top / 2 for layer in layers)
+            others = np.delete(run.outcomes["last"].right, source, axis=1).mean()
+            entry |= {"layers": layers, "above_middle": above, "others": float(others)}
+            draws.append(entry)
+    return froze, draws
 
-    def interval(entry):
-        return f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
 
-    reached = [
-        [
-            row["name"],
-            *(
-                f"{100 * row[key]:.1f}" if row[key] is not None else ""
-                for key in ("train", "source", "others")
-            ),
-        ]
-        for row in found["systems"]
-    ]
+def phase_one(folder, split):
+    """What a grid says on conclusions 3, 4 and 5, as Markdown lines: mean F1 of the other
+    languages' sets, each combination at the rate that the search's own protocol preferred."""
+    grid, columns, best = read_grid(folder)
+    source, select = best["train_language"], best["select"]
+    others = [column for column in columns if column.startswith(f"{split}_")]
+    if set(others) <= {f"{split}_{source}"}:
+        raise UserError(f"{folder} has no {split} scores in another language than {source}")
+
+    selecting = [columns[i] for i in columns_of(columns, source)[select]]
+    keys, ranked_by, named, by_pooling = [], [], [], {}
+    for (pooling, layers), (lr, entry) in at_best_rate(grid, best).items():
+        score = mean_of_others(entry, split, source).mean()
+        keys.append((pooling, layers, lr))
+        ranked_by.append(np.mean([entry[column] for column in selecting]) / 100)
+        named.append(f"{pooling} of {'+'.join(map(str, layers))} at lr {lr:g}, {score:.1f}")
+        by_pooling.setdefault(pooling, []).append(score)
+
+    order = rank(keys, ranked_by)
+    sizes = [len(layers) for _, layers, _ in keys]
+    single = [named[g] for g in order if sizes[g] == 1]
+    everything = [named[g] for g in order if sizes[g] == max(sizes)]
+    means = ", ".join(f"{pooling} {np.mean(scores):.1f}" for pooling, scores in by_pooling.items())
     lines = [
-        [
-            f"{row['number']}",
-            row["claim"],
-            f"{row['a']} - {row['b']}",
-            interval(row["others"]),
-            interval(row["source"]),
-            row["verdict"],
-        ]
-        for row in found["conclusions"]
+        f"Phase 1, {folder}, trained on {source}: micro-F1, mean of the other languages' {split} "
+        f"sets, without an interval; chosen by the search's protocol `{select}`.\n",
+        f"- (3) mean over all combinations: {means}",
+        f"- (4) all layers: {everything[0]}",
     ]
-    return (
-        f"# The paper's conclusions on {found['data']}\n\nModel {found['model']}, trained on "
-        f"{found['train_language']}, {found['seeds']} seed{'s' * (found['seeds'] > 1)} from {found['first_seed']}; "
-        f"{found['split']} set, "
-        f"{len(found['others'])} other languages: {' '.join(found['others'])}.\n\n{what}\n\n"
-        "Differences of accuracy in points with the 95 % interval of the rows (clustered by premise); the verdict "
-        "is\non the other languages' mean. Supported: the interval and every seed are above 0; not supported: all "
-        "are\nbelow. Where A is to gain nothing (upper-layers, mc-bert-deep), supported: the interval is below "
-        f"{100 * MARGIN:g} point;\nnot supported: it and every seed are above 0. A control claims nothing: A is "
-        "better or worse by the same rule.\n\n"
-        + markdown_table(
-            ["", "conclusion", "A - B", "other languages", found["train_language"], "verdict"],
-            lines,
-        )
-        + "\n\nAccuracies, means over the seeds; `train`: on the train rows during the last epoch, dropout on. A "
-        "system that is low\nthere has not learned as much as the others by then: with more steps the differences "
-        "may be others.\n\n"
-        + markdown_table(["system", "train", found["train_language"], "other languages"], reached)
-        + "\n"
-    )
+    if single:
+        lines.append(f"- (4) the single layer chosen: {single[0]}")
+    lines.append(f"- (5) the combination chosen: {named[order[0]]}")
+    return "\n".join(lines)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def interval_cell(row, key):
+    """+1.2 [+0.3, +2.1], in points."""
+    if key not in row:
+        return ""
+    difference, low, high = (100 * row[key][name] for name in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def comparison_table(rows, source):
+    cells = []
+    for row in rows:
+        claim = row["claim"]
+        if row["number"]:
+            claim = f"{row['number']}: {claim}"
+        pair = f"{row['a']} - {row['b']}"
+        points = interval_cell(row, "others"), interval_cell(row, "source")
+        cells.append([claim, pair, *points, len(row["seeds"]), row["verdict"]])
+    header = ["", "A - B", "other languages", source, "seeds", "verdict"]
+    return markdown_table(header, cells)
+
+
+def accuracy_table(rows, source):
+    cells = []
+    for row in rows:
+        scores = [f"{100 * row[key]:.1f}" for key in ("train", "source", "others") if key in row]
+        cells.append([row["name"], len(row["seeds"]), *(scores or ["", "", ""])])
+    return markdown_table(["system", "seeds", "train", source, "other languages"], cells)
+
+
+def freezing_lines(froze):
+    """When each seed froze, a Markdown line a run."""
+    by_run = {}
+    for entry in froze:
+        when = "never, not counted"
+        if entry["after"] is not None:
+            when = f"after epoch {entry['after']:g}"
+        by_run.setdefault(entry["run"], []).append(f"seed {entry['seed']} {when}")
+    return "\n".join(f"- {run}: {'; '.join(seeds)}" for run, seeds in by_run.items())
+
+
+def draws_table(draws):
+    cells = []
+    for draw in draws:
+        layers = " ".join(map(str, draw["layers"]))
+        accuracy = f"{100 * draw['others']:.1f}"
+        cells.append([draw["run"], draw["seed"], layers, draw["above_middle"], accuracy])
+    return markdown_table(["draw", "seed", "layers", "above", "other languages"], cells)
+
+
+def describe_systems(recipe):
+    """What the systems are, as Markdown lines."""
+    flags = systems(recipe)
+    middle, lowest = flags["middle-layer"][1], flags["upper-layers"][1]
+    layers = " ".join(map(str, recipe.layers))
+    frozen = " ".join(map(str, recipe.freeze_layers))
+    return f"""\
+- baseline: BERT's own [CLS] head
+- last-layer, middle-layer, upper-layers: {recipe.pooling} pooling of layer {recipe.top}, {middle},
+  {lowest} to {recipe.top}
+- mc-bert: {recipe.pooling} pooling of layers {layers}, {recipe.epochs} epochs; -long:
+  {2 * recipe.epochs} epochs at a constant rate; -deep: a hidden layer of {recipe.hidden}
+- mc-bert-wf: layers {frozen} frozen, --freeze-epoch {recipe.freeze_epoch}
+- a run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after
+  each"""
+
+
+def report(result):
+    """claims.json's content as Markdown."""
+    source = result["train_language"]
+    text = f"""\
+# The paper's conclusions on {result["data"]}
+
+{comparison_table(result["conclusions"], source)}
+
+Model {result["model"]}, trained on {source}; {result["split"]} set; other languages: \
+{" ".join(result["others"])}; seeds {" ".join(map(str, result["seeds"]))}.
+
+Differences of accuracy in points with the 95 % interval over rows and seeds (rows of one group are
+resampled together); the verdict is on the other languages' mean, after Holm's correction over the
+conclusions. Supported: A is better; where A is to gain nothing (upper-layers, mc-bert-deep): the
+interval is below {100 * MARGIN:g} point. One seed: the interval is of the rows alone, no verdict.
+
+{result["meaning"]}
+
+## Accuracies
+
+Means over the seeds. `train`: on up to {TRAIN_ROWS:,} of the rows trained on, dropout off. A system
+that is low there has not learned as much as the others: with more steps the differences may be
+others.
+
+{accuracy_table(result["systems"], source)}
+
+## Controls
+
+A control claims nothing: A is better or worse by the same rule, with Holm's correction over the
+controls. Of random layers the mean of a seed's draws counts.
+
+{comparison_table(result["controls"], source)}
+"""
+    if result["froze"]:
+        text += f"\nWhen `--freeze-epoch auto` froze:\n\n{freezing_lines(result['froze'])}\n"
+    if result["draws"]:
+        text += f"""
+The random layers, and how many of them lie above the middle:
+
+{draws_table(result["draws"])}
+"""
+    if result["phase_one"]:
+        text += f"\n{result['phase_one']}\n"
+    return text
 
 
 def parse_args(argv):
@@ -297,42 +494,39 @@ def parse_args(argv):
         allow_abbrev=False,
         epilog="Flags not named here go to every train.py: --lr 5e-4, --max-train-rows 1000, ...",
     )
-    parser.add_argument("--model", required=True, help="encoder: hub name or folder")
-    parser.add_argument("--data", required=True, help="data set folder, its languages parallel")
-    parser.add_argument("--out", required=True, help="folder for the runs and claims.md")
-    parser.add_argument("--grid", help="grid folder, to add what phase 1 says")
-    parser.add_argument(
+    positive = in_range(int, 1)
+    add = parser.add_argument
+    add("--model", required=True, help="encoder: hub name or folder")
+    add("--data", required=True, help="data set folder, its languages parallel")
+    add("--out", required=True, help="folder for the runs and claims.md")
+    add("--grid", help="grid folder, to add what phase 1 says")
+    add(
         "--controls",
         nargs="*",
         metavar="NAME",
         help="also freeze at other epochs, or other layers; pool random layers; mix them (default: "
         "none; without a name: all)",
     )
-    parser.add_argument(
+    add(
         "--train-language",
         metavar="LANG",
         help="source language (default: en, or the only one there is)",
     )
-    parser.add_argument(
-        "--split", choices=["dev", "test"], default="test", help="to compare on (default: test)"
-    )
-    parser.add_argument(
+    add("--split", choices=["dev", "test"], default="test", help="to compare on (default: test)")
+    add(
         "--max-rows",
-        type=in_range(int, 1),
+        type=positive,
         metavar="N",
         help="compare on N rows of each file, spread evenly (default: all)",
     )
-    parser.add_argument(
+    add(
         "--drop-models",
         action="store_true",
-        help="delete each run's weights once its predictions are "
-        "saved (epochs/ and resume/: several times the encoder's size a run): "
-        "then no other --split or --max-rows can be had of it",
+        help="delete each run's weights once its predictions are saved (epochs/ and resume/: "
+        "several times the encoder's size a run): then no other --split or --max-rows can be had",
     )
-    parser.add_argument(
-        "--seeds", type=in_range(int, 1), default=3, help="runs of each system (default: 3)"
-    )
-    parser.add_argument(
+    add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
+    add(
         "--first-seed",
         type=in_range(int, 0),
         default=0,
@@ -340,179 +534,124 @@ def parse_args(argv):
         help="seeds S, S + 1, ...: several calls can share the work, and a last one over all seeds "
         "trains nothing (default: 0)",
     )
-    parser.add_argument(
+    add(
         "--epochs",
-        type=in_range(int, 1),
+        type=positive,
         default=5,
         help="passes over the train rows; twice as many for conclusion 1 (default: 5)",
     )
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)"
-    )
-    parser.add_argument("--pooling", choices=list(POOLINGS), default="max", help="(default: max)")
-    parser.add_argument(
-        "--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)"
-    )
-    parser.add_argument("--freeze-epoch", default="2", help="(default: 2)")
-    parser.add_argument(
+    add("--layers", type=int, nargs="+", default=[6, 8, 11], help="(default: 6 8 11)")
+    add("--pooling", choices=list(POOLINGS), default="max", help="(default: max)")
+    add("--freeze-layers", type=int, nargs="+", default=[9, 11, 12], help="(default: 9 11 12)")
+    add("--freeze-epoch", metavar="N|auto", default="2", help="(default: 2)")
+    add(
         "--hidden",
-        type=in_range(int, 1),
+        type=positive,
         default=256,
         help="units of the deeper classifier (default: 256)",
     )
-    parser.add_argument(
-        "--resamples",
-        type=in_range(int, 1),
-        default=10_000,
-        help="of the bootstrap (default: 10000)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=in_range(int, 1),
-        default=32,
-        help="rows an optimizer step (default: 32)",
-    )
+    add("--batch-size", type=positive, default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
         parser.error(
-            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, --first-seed which"
+            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, "
+            "--first-seed which"
         )
-    if args.freeze_epoch != "auto" and not (
-        args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
-    ):
+    number = args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
+    if args.freeze_epoch != "auto" and not number:
         parser.error(
-            f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), or auto"
+            f"--freeze-epoch {args.freeze_epoch}: expected 0 to {args.epochs - 1} (of --epochs), "
+            "or auto"
         )
     return args, more
+
+
+def read_data(folder, name, source, max_rows):
+    """The Split to compare on, and the Rows that were trained on. UserError where the languages'
+    rows are no translations."""
+    languages = paper_order(split_languages(folder, name))
+    if source not in languages or len(languages) < 2:
+        raise UserError(
+            f"{folder}: {name} is needed in {source} and in another language, it is there in: "
+            f"{' '.join(languages)}"
+        )
+    keys = [("train", source), *((name, language) for language in languages)]
+    sets = read_sets(folder, keys, read_labels(folder))
+    rows = {language: take(sets[name, language], max_rows) for language in languages}
+    if not parallel(rows):
+        raise UserError(
+            f"{folder}: the {name} rows of {' '.join(languages)} are no translations of each other,"
+            " and the verdicts are on the languages' mean, row by row (evaluate.py compares systems"
+            " language by language)"
+        )
+    return Split(folder, name, rows), sets["train", source]
+
+
+def choose_controls(recipe, seed, names):
+    """The controls of --controls, {name: Control}: none for None, all for an empty list."""
+    if names is None:
+        return {}
+    every = controls(recipe, seed)
+    for name in names:
+        if name not in every:
+            raise UserError(f"--controls {name}: they are {' '.join(every)}")
+    return {name: every[name] for name in names or every}
 
 
 def main(argv=None):
     args, more = parse_args(argv)
     out, source = Path(args.out), train_language(args.data, args.train_language)
-    languages = paper_order(split_languages(args.data, args.split))
-    if source not in languages or len(languages) < 2:
-        raise UserError(
-            f"{args.data}: {args.split} is needed in {source} and in another language, "
-            f"it is there in: {' '.join(languages)}"
-        )
-    sets = read_sets(
-        args.data, [(args.split, language) for language in languages], read_labels(args.data)
-    )
-    sets = {language: take(rows, args.max_rows) for (_, language), rows in sets.items()}
-    if not parallel(sets):
-        raise UserError(
-            f"{args.data}: the {args.split} rows of {' '.join(languages)} are no translations of each "
-            "other, and the verdicts are on the languages' mean, row by row (evaluate.py compares systems "
-            "language by language)"
-        )
-    searched = phase_one(args.grid, args.split) if args.grid else []
+    split, train_rows = read_data(args.data, args.split, source, args.max_rows)
+    searched = phase_one(args.grid, args.split) if args.grid else None
     top = len(blocks(load_encoder(args.model)[0]))
     check_layers(args.layers, top, "--layers")
     check_layers(args.freeze_layers, top, "--freeze-layers")
-    recipe = top, args.layers, args.pooling, args.freeze_layers, args.freeze_epoch
-    right, trained = {}, {}  # see accuracies()
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        added = controls(*recipe, args.epochs, seed) if args.controls is not None else {}
-        if unknown := set(args.controls or ()) - set(added):
-            raise UserError(f"--controls {min(unknown)}: they are {' '.join(added)}")
-        added = {
-            name: control for name, control in added.items() if name in (args.controls or added)
-        }
-        comparisons = CONCLUSIONS + [
-            ("", f"control: {what}", name, other, "control")
-            for name, (_, what, other) in added.items()
-        ]
-        compared = dict.fromkeys(name for _, _, *pair, _ in comparisons for name in pair)
-        runs = systems(*recipe, args.hidden, args.epochs) | {
-            name: flags for name, (flags, _, _) in added.items()
-        }
-        for name, flags in runs.items():
-            folder = out / "runs" / f"{name}-seed{seed}"
+    freezing = args.freeze_layers, args.freeze_epoch
+    recipe = Recipe(top, args.layers, args.pooling, *freezing, args.hidden, args.epochs)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    added = {seed: choose_controls(recipe, seed, args.controls) for seed in seeds}
+
+    # train what is not there yet, and measure it
+    runs = []
+    always = ["--model", args.model, "--data", args.data, "--train-language", source]
+    always += ["--epochs", args.epochs, "--batch-size", args.batch_size, *more]
+    for seed in seeds:
+        for system, name, flags in plan(recipe, added[seed]):
             print(f"\n== {name}, seed {seed} ==")
-            status = train.main(
-                [
-                    str(flag)
-                    for flag in (
-                        "--model",
-                        args.model,
-                        "--data",
-                        args.data,
-                        "--out",
-                        folder,
-                        "--seed",
-                        seed,
-                        "--train-language",
-                        source,
-                        "--epochs",
-                        args.epochs,
-                        "--batch-size",
-                        args.batch_size,
-                        *more,
-                        *flags,
-                    )
-                ]
-            )
+            folder = out / "runs" / f"{name}-seed{seed}"
+            command = [*always, "--out", folder, "--seed", seed, *flags]
+            status = train.main([str(part) for part in command])
             if status:  # stopped by a signal
                 return status
-            metrics = read_run(folder)[1]
-            trained.setdefault(name, []).append(
-                [row["accuracy"] for row in metrics if row["split"] == "train"][-1]
-            )
-            for one in compared:
-                system, _, epoch = one.partition("@")
-                if system == name:
-                    right.setdefault(one, []).append(
-                        correctness(
-                            folder, args.data, args.split, epoch or "last", sets, args.batch_size
-                        )
-                    )
+            runs.append(read_outcomes(folder, system, name, split, train_rows, args.batch_size))
             if args.drop_models:
                 shutil.rmtree(folder / "epochs", ignore_errors=True)
                 shutil.rmtree(folder / "resume", ignore_errors=True)
-    clusters, rows = premise_clusters(sets[source]), []
-    for number, claim, a, b, way in comparisons:
-        found = compare(
-            np.stack(right[a]),
-            np.stack(right[b]),
-            clusters,
-            languages.index(source),
-            args.resamples,
-        )
-        said = verdict(
-            found["others"]["low"], found["others"]["high"], found["others"]["by_seed"], way
-        )
-        rows.append(
-            {
-                "number": number,
-                "claim": claim,
-                "a": a,
-                "b": b,
-                **found,
-                "verdict": WORDS[said] if way == "control" else said,
-            }
-        )
+
+    # compare
+    place = list(split.rows).index(source)
+    groups = group_numbers(split.rows[source])
+    outcomes = by_system(runs)
+    compared = list(CONTROLS)
+    for system, control in added[seeds[0]].items():
+        compared += [Comparison(None, control.what, system, other) for other in control.against]
+    froze, draws = what_happened(runs, top, place)
     result = {
         "data": args.data,
         "model": args.model,
         "split": args.split,
-        "seeds": args.seeds,
-        "first_seed": args.first_seed,
+        "seeds": list(seeds),
         "train_language": source,
-        "others": [language for language in languages if language != source],
-        "conclusions": rows,
-        "systems": accuracies(right, trained, languages.index(source)),
+        "others": [language for language in split.rows if language != source],
+        "meaning": describe_systems(recipe),
+        "conclusions": judge(CONCLUSIONS, outcomes, groups, place),
+        "controls": judge(compared, outcomes, groups, place),
+        "systems": accuracies(outcomes, place),
+        "froze": froze,
+        "draws": draws,
+        "phase_one": searched,
     }
-    text = report(
-        result,
-        f"""\
-- baseline: BERT's own [CLS] head; last-layer, middle-layer, upper-layers: {args.pooling} pooling of layer {top}, \
-{runs["middle-layer"][1]}, {runs["upper-layers"][1]} to {top}
-- mc-bert: {args.pooling} pooling of layers {" ".join(map(str, args.layers))}, {args.epochs} epochs; -long: \
-{2 * args.epochs} epochs at a constant rate; -deep: a hidden layer of {args.hidden}
-- mc-bert-wf: layers {" ".join(map(str, args.freeze_layers))} frozen, --freeze-epoch {args.freeze_epoch}
-- A run counts at its last epoch; @half: after half of them; @mean: the mean of the weights after each""",
-    )
-    text += "\n" + "\n".join(searched) + "\n" if searched else ""
+    text = report(result)
     write_json(out / "claims.json", result)
     with write_atomic(out / "claims.md") as file:
         file.write(text)

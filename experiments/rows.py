@@ -118,8 +118,9 @@ def run_rows(args, rows, language, languages):
     model, c = logistic(features, language, others)
     seconds["logistic"] = extraction + time.perf_counter() - start
     print(f"logistic regression: C {c:g}")
-    predict = lambda code: model.predict(sentence_vectors(features, f"test.{code}")[0])  # noqa: E731
-    right["logistic"] = correctness(predict)[None]
+    right["logistic"] = correctness(
+        lambda code: model.predict(sentence_vectors(features, f"test.{code}")[0])
+    )[None]
 
     # fine-tuning
     epochs = max(5, math.ceil(args.steps / math.ceil(rows / 32)))
@@ -127,8 +128,10 @@ def run_rows(args, rows, language, languages):
     for seed in range(args.seeds):
         run = folder / "runs" / f"mc-bert-seed{seed}"
         flags = ["--model", args.model, "--data", str(data), "--out", str(run), "--lr", args.lr]
-        flags += ["--epochs", epochs, "--seed", seed, "--max-eval-rows", 20]
-        taken = seconds_of(folder / f"run{seed}.json", lambda flags=flags: train.main(flags))
+        flags += ["--epochs", epochs, "--seed", seed, "--max-eval-rows", 20, "--save-steps", 0]
+        taken = seconds_of(
+            folder / f"run{seed}.json", lambda flags=flags: train.main(list(map(str, flags)))
+        )
         seconds["fine-tuned"] = taken
         seeds.append(correctness(label_with(run / "epochs" / str(epochs))))
     if seeds:

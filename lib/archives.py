@@ -257,11 +257,12 @@ def read_archive(path, wanted):
     missing = dict(wanted)
     try:
         for name, read in archive_members(path):
-            for key, pattern in wanted.items():
-                if fnmatchcase(name, pattern):
-                    missing.pop(key, None)
-                    columns, _ = parse_columns(read(), f"{path}:{name}", table_form(name))
-                    yield key, name, columns
+            keys = [key for key, pattern in wanted.items() if fnmatchcase(name, pattern)]
+            if keys:
+                columns, _ = parse_columns(read(), f"{path}:{name}", table_form(name))
+            for key in keys:
+                missing.pop(key, None)
+                yield key, name, columns
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(
             f"{path} is damaged or cut short ({first_line(error)}): delete it and fetch it again"

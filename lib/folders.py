@@ -162,8 +162,9 @@ def start_folder(folder, name, script, description, ignored, overwrite=False, de
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if present and not overwrite:
-        before = flat(json.loads(json.dumps(defaults or {}))) | flat(old)
-        check_same(folder, before, flat(json.loads(json.dumps(description))), ignored)
+        now = flat(json.loads(json.dumps(description)))
+        new_flags = {key: value for key, value in flat(defaults or {}).items() if key in now}
+        check_same(folder, new_flags | flat(old), now, ignored)
         return old["complete"]
     write_json(folder / name, {"complete": False, "script": script, **description})
     return False

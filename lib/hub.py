@@ -109,15 +109,15 @@ class DownloadBar(tqdm):
 
 def check_folder(folder):
     """The folder of a model. UserError, which says what it holds instead, where it is none."""
-    if not (folder / "config.json").is_file():
-        inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
-        advice = f"; did you mean {inner[0].parent}?" if inner else ""
-        raise UserError(f"{folder} is no model: it has no config.json{advice}")
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} holds an adapter (adapter_config.json), which only some machines would "
             "load: merge it first (peft's merge_and_unload) and save the whole encoder"
         )
+    if not (folder / "config.json").is_file():
+        inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+        advice = f"; did you mean {inner[0].parent}?" if inner else ""
+        raise UserError(f"{folder} is no model: it has no config.json{advice}")
     for path in [*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]:
         with open(path, "rb") as file:
             if file.read(24) == b"version https://git-lfs.":

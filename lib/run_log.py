@@ -25,21 +25,27 @@ class Evaluation(NamedTuple):
 
 
 class Log:
-    """Shows a run that has done `step` of `steps` steps; the other processes' show nothing."""
+    """Shows a run; the other processes' show nothing."""
 
-    def __init__(self, out, step, steps):
+    def __init__(self, out):
         self.out = out
         self.shows = start_processes()[0] == 0
-        self.writer = SummaryWriter(out, purge_step=step + 1) if self.shows else None
+        self.writer = self.bar = None
+
+    def start(self, step, steps):
+        """The run has done `step` of `steps` steps."""
+        if self.shows:
+            self.writer = SummaryWriter(self.out, purge_step=step + 1)
         self.bar = progress_bar(
             total=steps, initial=step, unit="step", disable=not self.shows, smoothing=0.05
         )
         self.restart_clock()
 
     def close(self):
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
+        """End the bar's line and write what TensorBoard has not got yet, after an error too."""
+        for part in (self.bar, self.writer):
+            if part is not None:
+                part.close()
 
     def restart_clock(self):
         """Measure the speed from here on: not with evaluations and saves."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.scores import PROTOCOLS, columns_of, macro_f1, micro_f1, rank, spread
+from lib.scores import PROTOCOLS, choices, columns_of, rank, spread
 from lib.significance import LEVEL, RESAMPLES
 
 PAPER_LANGUAGES = ["en", "zh", "es", "de", "ar", "ur"]  # the columns of the paper's Table 1
@@ -197,117 +197,134 @@ def joined(layers):
     return "+".join(map(str, layers))
 
 
+def described(key):
+    pooling, layers, lr = key
+    return f"{pooling} of {joined(layers)}, lr {lr:g}"
+
+
 def number(value):
     return "" if np.isnan(value) else f"{value:.2f}"
 
 
-def summary(results, chosen, oracle, select, hidden, seconds):
-    """The report in Markdown, with what choices() gave. `select`: the protocol to rank by; `seconds`: of all models."""
-    keys, columns, source, confusion = results
-    f1, macro = 100 * micro_f1(confusion), 100 * macro_f1(confusion)  # (G, S, F)
+def average(scores):
+    return np.mean(scores) if len(scores) else np.nan
+
+
+def summary(results, select, hidden, seconds):
+    """The search's report in Markdown. select: the protocol to rank by; seconds: of all models."""
+    keys, columns, source, *_ = results
     groups = columns_of(columns, source)
-    score = f1[..., groups[select]].mean(2)  # (G, S)
-    test = f1[..., groups["test"]].mean(2) if "test" in groups else np.full(score.shape, np.nan)
+    micro = 100 * results.micro
+    score = micro[..., groups[select]].mean(2)  # (G, S)
+    paper = np.full(score.shape, np.nan)
+    if "test" in groups:
+        paper = micro[..., groups["test"]].mean(2)
     mean = score.mean(1)  # (G,)
     order = rank(keys, mean / 100)
-    poolings, rates = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 2))
-
-    def named(g):
-        return f"{keys[g][0]} of {joined(keys[g][1])}, lr {keys[g][2]:g}"
-
-    def average(places):
-        return mean[places].mean() if places else np.nan
-
-    def conclusions(places):
-        single = max((g for g in places if len(keys[g][1]) == 1), key=mean.__getitem__)
-        best = max(places, key=mean.__getitem__)
-        return [
-            *(
-                number(average([g for g in places if keys[g][0] == pooling]))
-                for pooling in poolings
-            ),
-            *(f"{joined(keys[g][1])} {keys[g][0]} {mean[g]:.2f}" for g in (single, best)),
-            f"{mean[best] - mean[single]:+.2f}",
-        ]
-
-    top = [
-        [
-            place,
-            keys[g][0],
-            joined(keys[g][1]),
-            f"{keys[g][2]:g}",
-            *(
-                number(value)
-                for x in (score[g], test[g])
-                for value in (x.mean(), spread(x) if len(x) > 1 else np.nan)
-            ),
-        ]
-        for place, g in enumerate(order[:10], 1)
-    ]
-    by_rate = [
-        [f"{lr:g}", *conclusions([g for g, key in enumerate(keys) if key[2] == lr])] for lr in rates
-    ]
-    by_rate += [["each at its best", *conclusions(order)]] * (len(rates) > 1)
-    worth = []
-    for layer in sorted({layer for _, layers, _ in keys for layer in layers}):
-        has, lacks = (
-            average([g for g in order if (layer in keys[g][1]) == own]) for own in (True, False)
-        )
-        alone = [
-            average([g for g in order if keys[g][:2] == (pooling, (layer,))])
-            for pooling in poolings
-        ]
-        worth.append([layer, *map(number, (has, lacks, has - lacks, *alone))])
-    protocols, tests = [], [i for i, column in enumerate(columns) if column.startswith("test_")]
-    languages, others = (
-        [columns[i][5:] for i in tests],
-        [i in groups.get("test", ()) for i in tests],
-    )
-    for name in ("en", "joint", "oracle", "test") if any(others) else ():
-        picks = oracle if name == "oracle" else dict.fromkeys(languages, chosen.get(name))
-        if None not in map(picks.get, languages):
-            scores = np.array(
-                [
-                    [f1[picks[language], :, i].mean(), macro[picks[language], :, i].mean()]
-                    for language, i in zip(languages, tests)
-                ]
-            )  # (languages, 2)
-            protocols.append(
-                [
-                    name,
-                    "per language" if name == "oracle" else named(picks[languages[0]]),
-                    *map(number, scores[:, 0]),
-                    *map(number, scores[others].mean(0)),
-                ]
-            )
+    poolings = list(dict.fromkeys(pooling for pooling, _, _ in keys))
+    rates = list(dict.fromkeys(lr for _, _, lr in keys))
+    size = f"{len(order) // len(poolings)} combinations x {len(poolings)} poolings"
+    size += f" x {len(rates)} learning rates x {score.shape[1]} seeds"
+    if hidden:
+        size += f", hidden layer of {hidden}"
     text = f"""# The search
 
-{score.size:,} models ({len(order) // len(poolings)} combinations x {len(poolings)} poolings x {len(rates)} learning \
-rates x {score.shape[1]} seeds{f", hidden layer of {hidden}" if hidden else ""}), {seconds:.1f} s, \
-{1000 * seconds / score.size:.1f} ms a model.
-Micro-F1 in percent, mean and standard deviation (+-) over the seeds. Trained on {source}. Ranked by `{select}`: the
-mean of {", ".join(columns[i] for i in groups[select])}; each combination at the learning rate that is best by it.
-`paper F1` is the mean over the test sets of the languages other than {source}.
+{score.size:,} models ({size}), {seconds:.1f} s, {1000 * seconds / score.size:.1f} ms a model.
+Micro-F1 in percent, mean and standard deviation (+-) over the seeds. Trained on {source}. Ranked
+by `{select}`: the mean of {", ".join(columns[i] for i in groups[select])}; each combination
+at the learning rate that is best by it. `paper F1` is the mean over the test sets of the languages
+other than {source}.
 
-The choice: {named(chosen[select])}.
+The choice: {described(keys[order[0]])}.
 
-{markdown_table(["rank", "pooling", "layers", "lr", "ranked by", "+-", "paper F1", "+-"], top)}
+{top_table(keys, order[:10], score, paper)}
 
-Conclusions 3 (which pooling: mean over all combinations), 4 (the best single layer) and 5 (what combining adds), at
-each learning rate:
+Conclusions 3 (which pooling: mean over all combinations), 4 (the best single layer) and 5 (what
+combining adds), at each learning rate:
 
-{markdown_table(["lr", *(f"mean: {p}" for p in poolings), "best single", "best", "gain"], by_rate)}
+{rates_table(keys, mean, poolings, rates)}
 
 What each layer is worth:
 
-{markdown_table(["layer", "with it", "without it", "difference", *(f"alone: {p}" for p in poolings)], worth)}
+{worth_table(keys, order, mean, poolings)}
 """
-    if protocols:
+    if any(column.startswith("test_") for column in columns):
         text += f"""
-What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source}, true zero-shot;
-`joint`: on the mean of the other languages' dev; `oracle`: each language on its own dev; `test`: on the test sets, as
-the paper did.
+What each protocol chooses, and its micro-F1 on the test sets. `en`: on the dev set of {source},
+true zero-shot; `joint`: on the mean of the other languages' dev; `oracle`: each language on its own
+dev; `test`: on the test sets, as the paper did.
 
-{markdown_table(["protocol", "choice", *languages, "paper F1", "macro-F1"], protocols)}
+{protocols_table(results)}
 """
     return text
+
+
+def top_table(keys, places, score, paper):
+    """The best combinations: score and paper (G, S), what they are ranked by and their paper F1."""
+    rows = []
+    for place, g in enumerate(places, 1):
+        pooling, layers, lr = keys[g]
+        row = [place, pooling, joined(layers), f"{lr:g}"]
+        for seeds in (score[g], paper[g]):
+            deviation = spread(seeds) if len(seeds) > 1 else np.nan
+            row += [number(seeds.mean()), number(deviation)]
+        rows.append(row)
+    header = ["rank", "pooling", "layers", "lr", "ranked by", "+-", "paper F1", "+-"]
+    return markdown_table(header, rows)
+
+
+def rates_table(keys, mean, poolings, rates):
+    """Conclusions 3 to 5 at each learning rate, and with each combination at its best one."""
+    groups = {}
+    for lr in rates:
+        groups[f"{lr:g}"] = [g for g, key in enumerate(keys) if key[2] == lr]
+    if len(rates) > 1:
+        groups["each at its best"] = range(len(keys))
+    rows = []
+    for name, places in groups.items():
+        order = [places[i] for i in rank([keys[g] for g in places], mean[places] / 100)]
+        best = order[0]
+        single = next(g for g in order if len(keys[g][1]) == 1)
+        row = [name]
+        for pooling in poolings:
+            row.append(number(mean[[g for g in order if keys[g][0] == pooling]].mean()))
+        for g in (single, best):
+            row.append(f"{joined(keys[g][1])} {keys[g][0]} {mean[g]:.2f}")
+        rows.append([*row, f"{mean[best] - mean[single]:+.2f}"])
+    header = ["lr", *(f"mean: {pooling}" for pooling in poolings), "best single", "best", "gain"]
+    return markdown_table(header, rows)
+
+
+def worth_table(keys, order, mean, poolings):
+    """What a layer adds to the combinations that have it, each at its best rate; and it alone."""
+    rows = []
+    for layer in keys[-1][1]:  # the last combination has all layers
+        having = average([mean[g] for g in order if layer in keys[g][1]])
+        lacking = average([mean[g] for g in order if layer not in keys[g][1]])
+        row = [layer, number(having), number(lacking), number(having - lacking)]
+        for pooling in poolings:
+            row += [number(mean[g]) for g in order if keys[g][:2] == (pooling, (layer,))]
+        rows.append(row)
+    alone = [f"alone: {pooling}" for pooling in poolings]
+    return markdown_table(["layer", "with it", "without it", "difference", *alone], rows)
+
+
+def protocols_table(results):
+    """What each protocol chooses, and what that reaches on the test sets."""
+    chosen, oracle = choices(results)
+    tests = [i for i, column in enumerate(results.columns) if column.startswith("test_")]
+    languages = [results.columns[i].removeprefix("test_") for i in tests]
+    others = [language != results.source for language in languages]
+    rows = []
+    for protocol in ("en", "joint", "oracle", "test"):
+        picks = [chosen.get(protocol)] * len(languages)
+        if protocol == "oracle":
+            picks = [oracle.get(language) for language in languages]
+        if None in picks:
+            continue
+        micro = 100 * results.micro[picks, :, tests].mean(1)  # (languages,)
+        macro = 100 * results.macro[picks, :, tests].mean(1)
+        choice = "per language" if protocol == "oracle" else described(results.keys[picks[0]])
+        means = [average(micro[others]), average(macro[others])]
+        rows.append([protocol, choice, *map(number, [*micro, *means])])
+    return markdown_table(["protocol", "choice", *languages, "paper F1", "macro-F1"], rows)

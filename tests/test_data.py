@@ -1,4 +1,4 @@
-"""data.py against hand-made archives and counts, Python's csv, the tokenizer itself and a local HTTP server."""
+"""data.py and lib/archives.py against hand-made archives and counts, csv and the tokenizer itself."""
 
 import csv
 import hashlib
@@ -6,6 +6,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -17,143 +18,78 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from lib import archives, folders
+from lib import archives
 from lib.messages import UserError
 
-XNLI_COLUMNS = (
-    "language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 "
-    "sentence2 promptID pairID genre label1 label2 label3 label4 label5 sentence1_tokenized "
-    "sentence2_tokenized match"
-).split()
+XNLI_COLUMNS = ["language", "gold_label", "pairID", "sentence1", "sentence2", "genre"]
 DEV, TEST = "XNLI-1.0/xnli.dev.tsv", "XNLI-1.0/xnli.test.tsv"
-TRAIN_EN, TRAIN_DE = (
-    f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv" for language in ("en", "de")
-)
+TRAIN_EN, TRAIN_DE = (f"XNLI-MT-1.0/multinli/multinli.train.{code}.tsv" for code in ("en", "de"))
 PAIRS = {  # language: (premise, hypothesis) of three pairs, with what a careless reader trips over
     "ar": [('قال "نعم', "لا"), ("ب\u200fج", "د"), ("ه", "و")],
-    "en": [
-        ('He said "so', 'A lone " is text'),
-        ("  two  spaces ", "no\u00a0break"),
-        ('""', '"quoted"'),
-    ],
-    "de": [
-        ('Er sagte „so"', "'ein"),
-        ("Zeilen\u2028trenner", "und\x85\x0b\x0cmehr"),
-        ("\\N", "NULL"),
-    ],
+    "en": [('He said "so', 'A " is text'), ("  two  spaces ", "no\u00a0break"), ('""', '"quoted"')],
+    "de": [('Er sagte „so"', "'ein"), ("Zeilen\u2028", "und\x85\x0b\x0c"), ("\\N", "NULL")],
     "zh": [("全角\u3000空格", "\ufeff不是开头"), ('他说"', "是"), ("中", "文")],
 }
 PAIR_LABELS = ["neutral", "contradiction", "entailment"]
 TRAIN = [
     ('lone " quote', "a\rreturn", "contradictory"),
     (" lead", "trail ", "entailment"),
-    ('"', "x", "neutral"),
-    ("Grüße 你好", "🙂", "contradictory"),
+    ("Grüße 你好", "🙂", "neutral"),
 ]
 
 
-# --- what the tests make -----------------------------------------------------------------------------------------
+# --- what the tests make --------------------------------------------------------------------------
 
 
 def table(rows, newline="\n", bom=""):
     return (bom + "".join("\t".join(row) + newline for row in rows)).encode("utf-8")
 
 
-def xnli_table(columns=XNLI_COLUMNS, order=tuple(PAIRS), **form):
-    """All languages' pairs, one pair after the other, with the columns in any order."""
-    rows = [columns]
+def xnli_table(order, **form):
+    """All languages' pairs, one pair after the other."""
+    rows = [XNLI_COLUMNS]
     for i, language in itertools.product(range(3), order):
-        cells = {
-            "language": language,
-            "gold_label": PAIR_LABELS[i],
-            "sentence1": PAIRS[language][i][0],
-            "sentence2": PAIRS[language][i][1],
-            "pairID": str(7 * i + 1),
-            "match": "True",
-        }
-        rows.append([cells.get(column, "") for column in columns])
+        rows.append([language, PAIR_LABELS[i], str(7 * i + 1), *PAIRS[language][i], ""])
     return table(rows, **form)
 
 
-def xnli_members(columns=XNLI_COLUMNS, train_columns=("premise", "hypo", "label")):
-    place = [("premise", "hypo", "label").index(column) for column in train_columns]
-    train = table([train_columns] + [[row[i] for i in place] for row in TRAIN], bom="\ufeff")
-    return {
-        "XNLI-1.0.zip": {
-            DEV: xnli_table(columns, newline="\r\n"),
-            TEST: xnli_table(columns, ("zh", "en", "de", "ar")),
-        },
-        "XNLI-MT-1.0.zip": {TRAIN_EN: train, TRAIN_DE: train.replace(b"lead", b"Blei")},
-    }
-
-
-def write_zips(folder, archives, compression=zipfile.ZIP_DEFLATED):
-    folder.mkdir(exist_ok=True)
-    for name, members in archives.items():
-        with zipfile.ZipFile(folder / name, "w", compression) as opened:
-            for member, content in members.items():
-                opened.writestr(member, content)
-    return folder
-
-
-def edit(archives, member, change):
-    """Change the bytes of one member: `change` is a function of them, or an (old, new) pair that replaces once."""
-    members = next(members for members in archives.values() if member in members)
-    old = members[member]
-    members[member] = change(old) if callable(change) else old.replace(*change, 1)
-    assert members[member] != old
+def write_xnli(folder):
+    folder.mkdir()
+    train = table([("premise", "hypo", "label"), *TRAIN], bom="\ufeff")
+    with zipfile.ZipFile(folder / "XNLI-1.0.zip", "w") as archive:
+        archive.writestr(DEV, xnli_table(PAIRS, newline="\r\n"))
+        archive.writestr(TEST, xnli_table(list(PAIRS)[::-1]))
+    with zipfile.ZipFile(folder / "XNLI-MT-1.0.zip", "w") as archive:
+        archive.writestr(TRAIN_EN, train)
+        archive.writestr(TRAIN_DE, train.replace(b"lead", b"Blei"))
 
 
 def massive_records(language):
     """id, partition, intent, utt: intents in a known number, the partitions interleaved."""
-    intents = (
-        ["play"] * 9 + ["alarm"] * 7 + ["weather"] * 5 + ["news"] * 3 + ["joke"] * 3 + ["cook"]
-    )
-    rows = [("train", intent) for intent in intents]
-    rows += [
-        (split, intent) for split in ("dev", "test") for intent in ["play", *sorted(set(intents))]
-    ]
+    counts = {"play": 9, "alarm": 7, "weather": 5, "news": 3, "joke": 3, "cook": 1}
+    rows = [("train", intent) for intent, count in counts.items() for _ in range(count)]
+    rows += [(split, intent) for split in ("dev", "test") for intent in ["play", *counts]]
     random.Random(4).shuffle(rows)
-    return [
-        {
-            "id": str(i),
-            "locale": language,
-            "partition": split,
-            "scenario": "s",
-            "intent": intent,
-            "utt": f'{language} "{i}',
-        }
-        for i, (split, intent) in enumerate(rows)
-    ]
+    records = []
+    for i, (split, intent) in enumerate(rows):
+        records.append({"partition": split, "intent": intent, "utt": f'{language} "{i}', "id": i})
+    return records
 
 
-def massive_members():
-    return {
-        f"1.0/data/{locale}.jsonl": massive_records(locale)
-        for locale in "en-US de-DE zh-TW zh-CN pt-PT".split()
-    }
-
-
-def write_massive(folder, members, **options):
+def write_massive(folder, **options):
     folder.mkdir(exist_ok=True)
     path = folder / "amazon-massive-dataset-1.0.tar.gz"
-    with tarfile.open(path, "w:gz", **options) as opened:
-        for name, records in {"1.0/LICENSE": b"CC BY 4.0", **members}.items():
-            content = records if isinstance(records, bytes) else json_lines(records)
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            opened.addfile(info, io.BytesIO(content))
+    with tarfile.open(path, "w:gz", **options) as archive:
+        for locale in ("en-US", "de-DE", "zh-TW", "zh-CN", "pt-PT"):
+            lines = [json.dumps(record) + "\n" for record in massive_records(locale)]
+            info = tarfile.TarInfo(f"1.0/data/{locale}.jsonl")
+            info.size = len("".join(lines))
+            archive.addfile(info, io.BytesIO("".join(lines).encode()))
     return path
-
-
-def json_lines(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(
-        "utf-8"
-    )
 
 
 def write_tsv(path, rows, header="text\tlabel"):
@@ -166,950 +102,180 @@ def read_plain(path):
         return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def refusal(result):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def convert(tmp_path, script):
+    """convert("xnli", flags) -> the folder made of tmp_path/archives, or the sentence of its end."""
+
+    def run(command, flags="", archives=("--archives", tmp_path / "archives"), out="set"):
+        status, _, err = script("data", command, *archives, "--out", tmp_path / out, *flags.split())
+        return tmp_path / out if status == 0 else refusal(status, err)
+
+    return run
+
+
+def refusal(status, err):
     """The one sentence that a run ended with."""
-    status, _, err = result
     assert status == 2 and "Traceback" not in err
-    lines = [
-        line
-        for line in err.splitlines()
-        if line and not line.startswith("warning: ") and "B/s]" not in line
-    ]
+    lines = [line for line in err.splitlines() if line and "B/s]" not in line]
+    lines = [line for line in lines if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("data.py: error: "), err
     return lines[0]
 
 
-# --- XNLI --------------------------------------------------------------------------------------------------------
+# --- XNLI -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "columns, train_columns",
-    [
-        (XNLI_COLUMNS, ("premise", "hypo", "label")),
-        (XNLI_COLUMNS[::-1], ("label", "premise", "hypo")),
-    ],
-)
-def test_xnli_folder_holds_the_rows_by_hand(tmp_path, script, columns, train_columns):
-    archives = write_zips(tmp_path / "archives", xnli_members(columns, train_columns))
-    status, out, err = script(
-        "data",
-        "xnli",
-        "--archives",
-        archives,
-        "--out",
-        tmp_path / "d" / "xnli",
-        "--languages",
-        "en",
-        "zh",
-        "de",
-        "zh",
-        "--train-languages",
-        "en",
-        "de",
-    )
-    assert status == 0
-    folder = tmp_path / "d" / "xnli"
+def test_xnli_folder_holds_the_rows_by_hand(tmp_path, convert):
+    write_xnli(tmp_path / "archives")
+    folder = convert("xnli", "--languages en zh de zh --train-languages en de")
     assert (folder / "labels.txt").read_bytes() == b"entailment\nneutral\ncontradiction\n"
-    written = {path.name: read_plain(path) for path in folder.glob("*.tsv")}
     header = [["text_a", "text_b", "label"]]
-    train = [
-        [a, b.replace("\r", " "), label.replace("contradictory", "contradiction")]
-        for a, b, label in TRAIN
-    ]
+    train = [[a, b.replace("\r", " "), label] for a, b, label in TRAIN]
+    train[0][2] = "contradiction"
     expected = {
         "train.en.tsv": header + train,
-        "train.de.tsv": header + [[a.replace("lead", "Blei"), b, label] for a, b, label in train],
+        "train.de.tsv": header + [[a.replace("lead", "Blei"), *cells] for a, *cells in train],
     }
     for split, language in itertools.product(("dev", "test"), ("en", "zh", "de")):
-        expected[f"{split}.{language}.tsv"] = header + [
-            [*pair, label] for pair, label in zip(PAIRS[language], PAIR_LABELS)
-        ]
-    assert written == expected
+        rows = [[*pair, label] for pair, label in zip(PAIRS[language], PAIR_LABELS)]
+        expected[f"{split}.{language}.tsv"] = header + rows
+    assert {path.name: read_plain(path) for path in folder.glob("*.tsv")} == expected
     assert {path.name for path in folder.iterdir()} == {*expected, "labels.txt", "sources.json"}
     sources = json.loads((folder / "sources.json").read_text())
-    assert sources["dev.zh.tsv"] == {
-        "archive": "XNLI-1.0.zip",
-        "member": DEV,
-        "rows": 3,
-        "sha256": hashlib.sha256((folder / "dev.zh.tsv").read_bytes()).hexdigest(),
-    }
-    assert sources["train.de.tsv"]["member"] == TRAIN_DE and sources.keys() == expected.keys()
-    assert f"XNLI-MT-1.0.zip:{TRAIN_EN} has 4 rows where the published train set has 392,702" in err
-    assert (
-        f"XNLI-1.0.zip:{TEST} has 3 rows where the published test set has 5,010" in err
-        and err.count("warning") == 4
-    )
-
+    digest = hashlib.sha256((folder / "dev.zh.tsv").read_bytes()).hexdigest()
+    source = {"archive": "XNLI-1.0.zip", "member": DEV, "rows": 3, "sha256": digest}
+    assert sources.keys() == expected.keys() and sources["dev.zh.tsv"] == source
     rows = data.read_split(folder, "dev", "de", data.read_labels(folder))  # and read back
     assert list(zip(rows.text_a, rows.text_b)) == PAIRS["de"] and rows.labels == [1, 2, 0]
 
 
-def second_row(change):
-    """Change the third line of a member: the second row."""
-    return lambda content: b"\n".join(
-        change(line) if i == 2 else line for i, line in enumerate(content.split(b"\n"))
-    )
+def test_what_an_archive_lacks_is_named(tmp_path, convert):
+    write_xnli(tmp_path / "archives")
+    write_massive(tmp_path / "archives")
+    for command, flags, message in [
+        ("xnli", "en sw", f"XNLI-1.0.zip:{DEV} has no rows for the language 'sw'"),
+        ("xnli", "en --train-languages fr", f"no member {TRAIN_EN.replace('.en.', '.fr.')}"),
+        ("massive", "fr", "dataset-1.0.tar.gz has no member 1.0/data/fr-*.jsonl"),
+        ("massive", "en --intents 1", "train has the labels ['play'], expected two or more"),
+    ]:
+        assert message in convert(command, f"--languages {flags}")
+    (tmp_path / "archives" / "XNLI-1.0.zip").unlink()
+    assert "it can be had from https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip" in convert("xnli")
+    assert not (tmp_path / "set").exists()
 
 
-BAD_XNLI = {  # name: (member, change of its bytes, what the message says)
-    "columns": (
-        TEST,
-        second_row(lambda line: line.replace(b"\tTrue", b"")),
-        f"XNLI-1.0.zip:{TEST}, line 3: 18 columns, expected 19 (language, gold_label, ",
-    ),
-    "train columns": (
-        TRAIN_DE,
-        second_row(lambda line: line + b"\t?"),
-        f"XNLI-MT-1.0.zip:{TRAIN_DE}, line 3: 4 columns, expected 3 (premise, hypo, label)",
-    ),
-    "label": (
-        DEV,
-        second_row(lambda line: line.replace(b"neutral", b"maybe")),
-        f"{DEV}, line 3: unknown label 'maybe', expected one of entailment, neutral, contradiction",
-    ),
-    "train label": (
-        TRAIN_EN,
-        (b"neutral", b"contra"),
-        f"{TRAIN_EN}, line 4: unknown label 'contra', expected one of ent",
-    ),
-    "not UTF-8": (TEST, (b"He said", b"He\xffsaid"), f"{TEST}, line 3: not UTF-8 (byte 0xff at "),
-    "empty": (TEST, lambda content: b"", f"XNLI-1.0.zip:{TEST} is empty"),
-    "header only": (
-        DEV,
-        lambda content: content.split(b"\n")[0],
-        f"{DEV} has no rows for the language 'en'",
-    ),
-    "train header only": (
-        TRAIN_EN,
-        lambda content: content.split(b"\n")[0],
-        f"{TRAIN_EN} has no rows for the language 'en'",
-    ),
-    "column gone": (
-        DEV,
-        (b"pairID", b"pair"),
-        f"{DEV}, line 1: no column 'pairID' in ['language', ",
-    ),
-    "another pair": (
-        DEV,
-        lambda content: b"\n".join(
-            line.replace(b"\t8\t", b"\t9\t") if line[:2] == b"de" else line
-            for line in content.split(b"\n")
-        ),
-        f"{DEV}: de is not row-parallel with en: other ids or labels",
-    ),
-    "a row short": (
-        TEST,
-        lambda content: content[: content.rindex(b"de\t")] + content[content.rindex(b"ar\t") :],
-        f"{TEST}: de is not row-parallel with en: other ids or labels",
-    ),
-    "a long line": (
-        TRAIN_EN,
-        (b" lead", b"x" * (1 << 20)),
-        f"{TRAIN_EN}, line 3: longer than 1,048,576 bytes",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_XNLI)
-def test_xnli_refuses_bad_rows(tmp_path, script, case):
-    member, change, message = BAD_XNLI[case]
-    archives = xnli_members()
-    edit(archives, member, change)
-    result = script(
-        "data",
-        "xnli",
-        "--archives",
-        write_zips(tmp_path / "archives", archives),
-        "--out",
-        tmp_path / "xnli",
-        "--languages",
-        "en",
-        "de",
-        "--train-languages",
-        "en",
-        "de",
-    )
-    assert message in refusal(result)
-    assert not (tmp_path / "xnli").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--languages", "en", "sw"], f"XNLI-1.0.zip:{DEV} has no rows for the language 'sw'"),
-        (
-            ["--languages", "en", "--train-languages", "fr"],
-            "XNLI-MT-1.0.zip has no member XNLI-MT-1.0/multinli/multinli.train.fr.tsv",
-        ),
-    ],
-)
-def test_xnli_names_a_language_that_is_not_there(tmp_path, script, arguments, message):
-    archives = write_zips(tmp_path / "archives", xnli_members())
-    assert message in refusal(
-        script("data", "xnli", "--archives", archives, "--out", tmp_path / "xnli", *arguments)
-    )
-    assert not (tmp_path / "xnli").exists()
-
-
-@pytest.mark.parametrize("name", ["XNLI-1.0.zip", "XNLI-MT-1.0.zip"])
-@pytest.mark.parametrize("damage", ["missing", "member", "cut", "byte", "not a zip"])
-def test_xnli_refuses_a_damaged_archive(tmp_path, script, name, damage):
-    archives = xnli_members()
-    last = list(archives[name])[-1]
-    if damage == "member":
-        archives[name]["else.tsv"] = archives[name].pop(last)
-    folder = write_zips(tmp_path / "archives", archives, zipfile.ZIP_STORED)
-    path = folder / name
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    elif damage != "member":
-        path.write_bytes(
-            {
-                "cut": content[: len(content) // 2],
-                "not a zip": b"<html>moved</html>",
-                "byte": content.replace(b"He said", b"he said").replace(b"Blei", b"blei"),
-            }[damage]
-        )
-    message = {
-        "missing": f"{path} does not exist (--archives); it can be had from https://dl.fbaipublicfiles.com/XNLI/{name}",
-        "member": f"{path} has no member {last}",
-        "byte": f"{path} is damaged or cut short (Bad CRC-32",
-        "cut": f"{path} is damaged or cut short (File is not a zip file): delete it and fetch it again",
-        "not a zip": f"{path} is damaged or cut short",
+@pytest.mark.parametrize("name", ["XNLI-1.0.zip", "amazon-massive-dataset-1.0.tar.gz"])
+@pytest.mark.parametrize("damage", ["cut", "byte", "no archive"])
+def test_a_damaged_archive_is_one_sentence(tmp_path, convert, name, damage):
+    write_xnli(tmp_path / "archives")
+    write_massive(tmp_path / "archives", compresslevel=0)  # stored: one byte is one letter
+    path = tmp_path / "archives" / name
+    good = path.read_bytes()
+    bad = {
+        "cut": good[: len(good) // 2],
+        "byte": good.replace(b"He said", b"he said").replace(b'de-DE \\"7', b'de-DE \\"8'),
+        "no archive": b"<html>moved</html>",
     }[damage]
-    assert message in refusal(
-        script(
-            "data",
-            "xnli",
-            "--archives",
-            folder,
-            "--out",
-            tmp_path / "xnli",
-            "--languages",
-            "en",
-            "de",
-            "--train-languages",
-            "en",
-            "de",
-        )
-    )
-    assert not (tmp_path / "xnli").exists()
+    assert bad != good
+    path.write_bytes(bad)
+    sentence = convert("xnli" if "XNLI" in name else "massive", "--languages en de")
+    assert f"{path} is damaged or cut short (" in sentence
+    assert sentence.endswith("): delete it and fetch it again") and not (tmp_path / "set").exists()
 
 
-def test_no_flipped_byte_goes_unnoticed(tmp_path):
-    """Any one wrong byte, or a cut anywhere: the same rows or a UserError, never other rows or another exception."""
-    folder = write_zips(tmp_path / "archives", xnli_members())
-    massive = write_massive(folder, massive_members())
-    readers = {
-        folder / "XNLI-1.0.zip": lambda: read_xnli(folder),
-        folder / "XNLI-MT-1.0.zip": lambda: read_xnli(folder),
-        massive: lambda: archives.read_massive(massive, ["en", "de"], ["en"], 0, False, 0),
-    }
-    pick, refused = random.Random(5), 0
-    for path, read in readers.items():
-        good, expected = path.read_bytes(), read()
-        for trial in range(80):
-            at = pick.choice(
-                [pick.randrange(len(good)), pick.randrange(50), len(good) - 1 - pick.randrange(120)]
-            )
-            bad = (
-                good[:at]
-                if trial % 4 == 0
-                else good[:at] + bytes([good[at] ^ 1 << pick.randrange(8)]) + good[at + 1 :]
-            )
-            path.write_bytes(bad)
-            try:
-                assert read() == expected, (path.name, at)
-            except UserError as error:
-                assert "\n" not in str(error) and path.name in str(error)
-                refused += 1
-        path.write_bytes(good)
-    assert refused > 100
+def test_another_data_set_is_not_written_over(tmp_path, convert):
+    write_xnli(tmp_path / "archives")
+    folder = convert("xnli", "--languages en")
+    assert convert("xnli", "--languages en de") == folder  # the same and more is welcome
+    before = contents(folder)
+    message = f"{folder} holds another data set (dev.de.tsv): give another --out, or delete it"
+    assert message in convert("xnli", "--languages en") and contents(folder) == before
 
 
-def read_xnli(folder):
-    return archives.read_xnli(
-        folder / "XNLI-1.0.zip", folder / "XNLI-MT-1.0.zip", {"en": None, "de": None}, {"en": None}
-    )
+# --- MASSIVE --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["xnli", "--languages", "en", "xx"], "--languages: invalid choice: 'xx' (choose from "),
-        (
-            ["xnli", "--train-languages", "english"],
-            "--train-languages: invalid choice: 'english' (choose from ",
-        ),
-        (
-            ["massive", "--languages", "de_de"],
-            "--languages: 'de_de', expected a code as de or zh-CN",
-        ),
-        (["massive", "--intents", "1"], "--intents 1: expected 0 (all) or 2 and more"),
-        (["massive", "--intents", "-1"], "--intents: -1, expected 0 or more"),
-        (["massive", "--balance", "--seed", "-1"], "--seed: -1, expected 0 or more"),
-    ],
-)
-def test_wrong_flags(tmp_path, script, arguments, message):
-    status, _, err = script("data", *arguments, "--out", tmp_path / "set", "--archives", tmp_path)
-    assert status == 2 and message in err and not (tmp_path / "set").exists()
-
-
-# --- writing into a folder ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda folder: (folder / "labels.txt").write_text("no\nyes\n"), "(other labels)"),
-        (
-            lambda folder: (folder / "test.fr.tsv").write_text("text\tlabel\nx\tno\n"),
-            "(test.fr.tsv)",
-        ),
-        (
-            lambda folder: ((folder / "labels.txt").unlink(), (folder / "test.fr.tsv").touch()),
-            "(test.fr.tsv)",
-        ),
-    ],
-)
-def test_another_data_set_is_not_written_over(tmp_path, script, change, message):
-    archives = write_zips(tmp_path / "archives", xnli_members())
-    command = ["xnli", "--archives", archives, "--out", tmp_path / "xnli", "--languages", "en"]
-    assert script("data", *command)[0] == 0
-    assert script("data", *command)[0] == 0  # the same again is welcome
-    change(tmp_path / "xnli")
-    before = {path: path.read_bytes() for path in (tmp_path / "xnli").iterdir()}
-    sentence = refusal(script("data", *command))
-    assert (
-        f"{tmp_path / 'xnli'} holds another data set {message}: give another --out, or delete it"
-        in sentence
-    )
-    assert {path: path.read_bytes() for path in (tmp_path / "xnli").iterdir()} == before
-
-
-def test_a_full_disk_leaves_whole_files_and_can_be_gone_on_from(tmp_path, script, monkeypatch):
-    archives = write_zips(tmp_path / "archives", xnli_members())
-    command = ["xnli", "--archives", archives, "--out", tmp_path / "xnli", "--languages", "en"]
-    assert script("data", *command[:4], tmp_path / "whole", *command[5:])[0] == 0
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-
-    real, opened = folders.write_atomic, []
-
-    def write_atomic(path):
-        opened.append(path)
-        if len(opened) == 3:
-            raise OSError(28, "No space left on device")
-        return real(path)
-
-    monkeypatch.setattr(folders, "write_atomic", write_atomic)
-    assert "No space left on device" in refusal(script("data", *command))
-    left = {path.name: path.read_bytes() for path in (tmp_path / "xnli").iterdir()}
-    assert len(left) == 2 and left.items() < whole.items()
-    monkeypatch.undo()
-    data.main([str(argument) for argument in command])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "xnli").iterdir()} == whole
-
-
-# --- MASSIVE -----------------------------------------------------------------------------------------------------
-
-
-def massive_rows(locale, split, intents):
-    return [["text", "label"]] + [
-        [record["utt"], record["intent"]]
-        for record in massive_records(locale)
-        if record["partition"] == split and record["intent"] in intents
-    ]
+def massive_rows(locale, split, intents=("alarm", "joke", "play", "weather")):
+    rows = [["text", "label"]]
+    for record in massive_records(locale):
+        if record["partition"] == split and record["intent"] in intents:
+            rows.append([record["utt"], record["intent"]])
+    return rows
 
 
 @pytest.mark.parametrize(
     "flags, intents",
     [
-        (
-            [],
-            ["alarm", "joke", "play", "weather"],
-        ),  # news and joke tie: the first by name, though the second in the file
-        (["--intents", 2], ["alarm", "play"]),
-        (["--intents", 0], ["alarm", "cook", "joke", "news", "play", "weather"]),
+        ("", "alarm joke play weather"),  # news and joke tie: the first by name
+        ("--intents 2", "alarm play"),
+        ("--intents 0", "alarm cook joke news play weather"),
     ],
 )
-def test_massive_keeps_the_most_frequent_intents(tmp_path, script, flags, intents):
-    counts = Counter(
-        record["intent"] for record in massive_records("en-US") if record["partition"] == "train"
-    )
-    assert list(counts).index("news") < list(counts).index("joke")
-    assert set(intents) <= set(counts) and min(counts[i] for i in intents) >= max(
-        [count for intent, count in counts.items() if intent not in intents], default=0
-    )
-    write_massive(tmp_path, massive_members())
-    status, _, err = script(
-        "data",
-        "massive",
-        "--archives",
-        tmp_path,
-        "--out",
-        tmp_path / "set",
-        *flags,
-        "--languages",
-        "en",
-        "zh",
-        "--train-languages",
-        "de",
-    )
-    assert status == 0
-    assert (tmp_path / "set" / "labels.txt").read_text().split() == intents
-    locales = {"en": "en-US", "de": "de-DE", "zh": "zh-CN"}  # not zh-TW, though it comes first
-    written = {path.name: read_plain(path) for path in (tmp_path / "set").glob("*.tsv")}
-    assert written == {
-        f"{split}.{language}.tsv": massive_rows(locales[language], split, intents)
-        for split, language in [
-            ("train", "de"),
-            ("dev", "en"),
-            ("test", "en"),
-            ("dev", "zh"),
-            ("test", "zh"),
-        ]
-    }
-    sources = json.loads((tmp_path / "set" / "sources.json").read_text())
-    assert sources["dev.zh.tsv"]["member"] == "1.0/data/zh-CN.jsonl"
-    assert (
-        "dataset-1.0.tar.gz, partition train has 28 rows where the published train set has 11,514"
-        in err
-    )
-    assert len(err.splitlines()) == 3  # the archive's rows are counted, once a partition
-
-
-@pytest.mark.parametrize(
-    "languages, more, locales, train",
-    [
-        ("zh-CN zh-TW pt-PT", [], {"zh-CN": "zh-CN", "zh-TW": "zh-TW", "pt-PT": "pt-PT"}, "en"),
-        (
-            "en-US zh_TW zh zh-CN pt",
-            [],
-            {"en-US": "en-US", "zh_TW": "zh-TW", "zh": "zh-CN", "zh-CN": "zh-CN", "pt": "pt-PT"},
-            "en-US",
-        ),
-        ("de", ["--train-languages", "zh-TW"], {"de": "de-DE"}, "zh-TW"),
-    ],
-)
-def test_massive_takes_the_archives_own_codes(tmp_path, script, languages, more, locales, train):
-    write_massive(tmp_path, massive_members())
-    assert (
-        script(
-            "data",
-            "massive",
-            "--archives",
-            tmp_path,
-            "--out",
-            tmp_path / "set",
-            "--languages",
-            *languages.split(),
-            *more,
-        )[0]
-        == 0
-    )
-    intents = ["alarm", "joke", "play", "weather"]  # of English train, whatever is asked for
-    expected = {
-        f"{split}.{code}.tsv": massive_rows(locale, split, intents)
-        for split in ("dev", "test")
-        for code, locale in locales.items()
-    }
-    expected[f"train.{train}.tsv"] = massive_rows(
-        {"en": "en-US"}.get(train, train), "train", intents
-    )
-    assert {path.name: read_plain(path) for path in (tmp_path / "set").glob("*.tsv")} == expected
-    assert set(data.split_languages(tmp_path / "set", "dev")) == set(locales)
-    assert data.train_language(tmp_path / "set") == train
-
-
-@pytest.mark.parametrize("command", ["xnli", "massive"])
-def test_a_mistake_of_ours_is_not_called_a_damaged_archive(tmp_path, script, monkeypatch, command):
-    write_zips(tmp_path, xnli_members())
-    write_massive(tmp_path, massive_members())
-
-    def broken(text):
-        raise ZeroDivisionError("a bug in a fork")
-
-    monkeypatch.setattr(archives, "clean", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug in a fork"):
-        data.main(
-            [
-                command,
-                "--archives",
-                str(tmp_path),
-                "--out",
-                str(tmp_path / "set"),
-                "--languages",
-                "en",
-            ]
-        )
-
-
-def test_balance_repeats_train_rows_only_and_is_seeded(tmp_path, script):
-    write_massive(tmp_path, massive_members())
-    folders = {name: tmp_path / name for name in ("plain", "seed 0", "seed 0 again", "seed 1")}
-    for name, folder in folders.items():
-        flags = [] if name == "plain" else ["--balance", "--seed", name.split()[1]]
-        assert (
-            script(
-                "data",
-                "massive",
-                "--archives",
-                tmp_path,
-                "--out",
-                folder,
-                "--languages",
-                "en",
-                "--intents",
-                0,
-                *flags,
-            )[0]
-            == 0
-        )
-    rows = {name: read_plain(folder / "train.en.tsv")[1:] for name, folder in folders.items()}
-    assert set(Counter(label for _, label in rows["seed 0"]).values()) == {9}
-    assert {text for text, _ in rows["seed 0"]} == {text for text, _ in rows["plain"]}
-    copies = Counter(map(tuple, rows["seed 0"]))
-    for label in {label for _, label in copies}:  # no row is repeated twice more than another
-        mine = [count for (_, other), count in copies.items() if other == label]
-        assert max(mine) - min(mine) <= 1
-    assert rows["seed 0"] == rows["seed 0 again"] != rows["seed 1"]
+def test_massive_keeps_the_most_frequent_intents(tmp_path, convert, flags, intents):
+    intents = intents.split()
+    write_massive(tmp_path / "archives")
+    folder = convert("massive", f"{flags} --languages en zh --train-languages de")
+    assert (folder / "labels.txt").read_text().split() == intents
+    expected = {"train.de.tsv": massive_rows("de-DE", "train", intents)}
     for split in ("dev", "test"):
-        assert read_plain(folders["seed 0"] / f"{split}.en.tsv") == read_plain(
-            folders["plain"] / f"{split}.en.tsv"
-        )
-
-
-def record(**changes):
-    return (
-        json.dumps({"id": "1", "partition": "train", "intent": "play", "utt": "x", **changes})
-        + "\n"
-    ).encode()
-
-
-BAD_LINES = {
-    "cut": b'{"id": "1", "partition"\n',
-    "blank": b"\n",
-    "a list": b"[1, 2]\n",
-    "a number": b"7\n",
-    "null": b"null\n",
-    "no utt": b'{"id": "1", "partition": "train", "intent": "play"}\n',
-    "partition": record(partition="valid"),
-    "intent": record(intent=3),
-    "text": record(utt=None),
-    "half a pair": record(utt="\ud83d"),
-    "deep": b"[" * 100_000 + b"\n",
-}
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_massive_refuses_a_bad_line(tmp_path, script, case):
-    members = massive_members()
-    lines = json_lines(members["1.0/data/de-DE.jsonl"]).splitlines(keepends=True)
-    members["1.0/data/de-DE.jsonl"] = b"".join(lines[:2] + [BAD_LINES[case]] + lines[3:])
-    write_massive(tmp_path, members)
-    sentence = refusal(
-        script(
-            "data",
-            "massive",
-            "--archives",
-            tmp_path,
-            "--out",
-            tmp_path / "set",
-            "--languages",
-            "en",
-            "de",
-        )
-    )
-    assert (
-        "amazon-massive-dataset-1.0.tar.gz:1.0/data/de-DE.jsonl, line 3: expected a JSON object with id, partition "
-        "(train, dev or test), intent and utt"
-    ) in sentence
-    assert not (tmp_path / "set").exists()
-
-
-def drop(members, name):
-    del members[name]
-
-
-def swap(members, name):
-    rows = members[name]
-    i, j = [i for i, row in enumerate(rows) if row["partition"] == "dev"][1:3]
-    rows[i], rows[j] = rows[j], rows[i]
+        expected[f"{split}.en.tsv"] = massive_rows("en-US", split, intents)
+        expected[f"{split}.zh.tsv"] = massive_rows("zh-CN", split, intents)  # not zh-TW
+    assert {path.name: read_plain(path) for path in folder.glob("*.tsv")} == expected
+    sources = json.loads((folder / "sources.json").read_text())
+    assert sources["dev.zh.tsv"]["member"] == "1.0/data/zh-CN.jsonl"
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "flags, locales, train",
     [
-        (
-            lambda members: drop(members, "1.0/data/de-DE.jsonl"),
-            "has no member 1.0/data/de-*.jsonl",
-        ),
-        (
-            lambda members: drop(members, "1.0/data/en-US.jsonl"),
-            "has no member 1.0/data/en-*.jsonl",
-        ),
-        (
-            lambda members: drop(members, "1.0/data/zh-CN.jsonl"),
-            "has no member 1.0/data/zh-CN.jsonl",
-        ),
-        (
-            lambda members: swap(members, "1.0/data/de-DE.jsonl"),
-            ", partition dev: de is not row-parallel with en: other ids or labels",
-        ),
-        (
-            lambda members: members.update({"1.0/data/de-DE.jsonl": b""}),
-            "partition train has no rows for the language 'de'",
-        ),
-        (
-            lambda members: members.update({"1.0/data/de-DE.jsonl": b"\xff\n"}),
-            "de-DE.jsonl, line 1: not UTF-8 (byte 0xff at 0)",
-        ),
-        (
-            lambda members: [
-                row.update(intent="play") for rows in members.values() for row in rows
-            ],
-            "1.0/data/en-US.jsonl: 1 intents in the train partition, expected two or more",
-        ),
+        ("zh-CN zh-TW pt-PT", "zh-CN zh-TW pt-PT", "en"),
+        ("en-US zh_TW zh zh-CN pt", "en-US zh-TW zh-CN zh-CN pt-PT", "en-US"),
+        ("de --train-languages zh-TW", "de-DE", "zh-TW"),
     ],
 )
-def test_massive_refuses_what_does_not_fit_together(tmp_path, script, change, message):
-    members = massive_members()
-    change(members)
-    path = write_massive(tmp_path, members)
-    sentence = refusal(
-        script(
-            "data",
-            "massive",
-            "--archives",
-            tmp_path,
-            "--out",
-            tmp_path / "set",
-            "--languages",
-            "de",
-            "zh",
-        )
-    )
-    assert str(path) in sentence and message in sentence
-    assert not (tmp_path / "set").exists()
+def test_massive_takes_the_archives_own_codes(tmp_path, convert, flags, locales, train):
+    write_massive(tmp_path / "archives")
+    folder = convert("massive", f"--languages {flags}")
+    codes = dict(zip(flags.split(), locales.split()))
+    source = {"en": "en-US"}.get(train, train)
+    expected = {f"train.{train}.tsv": massive_rows(source, "train")}
+    for split, (code, locale) in itertools.product(("dev", "test"), codes.items()):
+        expected[f"{split}.{code}.tsv"] = massive_rows(locale, split)
+    assert {path.name: read_plain(path) for path in folder.glob("*.tsv")} == expected
+    assert set(data.split_languages(folder, "dev")) == set(codes)
+    assert data.train_language(folder) == train
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (
-            lambda content: content[: len(content) // 2],
-            "is damaged or cut short (Compressed file ended",
-        ),
-        (lambda content: content[:-9], "is damaged or cut short (Compressed file ended"),
-        (
-            lambda content: content.replace(b'de-DE \\"7', b'de-DE \\"8', 1),
-            "is damaged or cut short (CRC check failed",
-        ),
-        (
-            lambda content: b"<html>moved</html>",
-            "is damaged or cut short (file could not be opened successfully): delete it",
-        ),
-        (
-            lambda content: b"",
-            "is damaged or cut short (file could not be opened successfully): delete it",
-        ),
-    ],
-)
-def test_massive_refuses_a_damaged_archive(tmp_path, script, damage, message):
-    path = write_massive(
-        tmp_path, massive_members(), compresslevel=0
-    )  # stored, so that one byte is one letter
-    content = damage(path.read_bytes())
-    assert content != path.read_bytes()
-    path.write_bytes(content)
-    sentence = refusal(
-        script(
-            "data",
-            "massive",
-            "--archives",
-            tmp_path,
-            "--out",
-            tmp_path / "set",
-            "--languages",
-            "en",
-            "de",
-        )
-    )
-    assert f"{path} {message}" in sentence
-    assert not (tmp_path / "set").exists()
-
-
-# --- the folder format -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "is empty"),
-        (b"text\tlabel\n", "holds a header and no rows"),
-        (b"text\tlabel\nx\tno\nx\n", ", line 3: 1 columns, expected 2 (text, label)"),
-        (b"text\tlabel\nx\ty\tno\n", ", line 2: 3 columns, expected 2 (text, label)"),
-        (
-            b"text\tlabel\nx\tno \n",
-            ", line 2: unknown label 'no ', expected one of no, yes; 'no ' is not 'no'",
-        ),
-        (b"text\tlabel\nx\tno\n\xe4\tno\n", ", line 3: not UTF-8 (byte 0xe4 at 0)"),
-        (b"t\xff\tlabel\n", ", line 1: not UTF-8 (byte 0xff at 1)"),
-        (
-            b"a sentence\tno\n",
-            ", line 1: the header is ['a sentence', 'no'], expected text, or text_a and text_b, and label",
-        ),
-        (
-            b"text\ttext_a\ttext_b\nx\ty\tz\n",
-            ", line 1: the header is ['text', 'text_a', 'text_b'], expected text",
-        ),
-        (
-            b"label\ttext\ttext\nno\tx\ty\n",
-            ", line 1: the header is ['label', 'text', 'text'], expected text",
-        ),
-        (b"text_a\tlabel\nno\tx\n", ", line 1: the header is ['text_a', 'label'], expected text"),
-        (b"label\nno\n", ", line 1: the header is ['label'], expected text"),
-        (
-            b"text\tlabel\nx\tno\n" + b"y" * (1 << 20) + b"\tno\n",
-            ", line 3: longer than 1,048,576 bytes",
-        ),
-    ],
-)
-def test_read_table_names_the_place(tmp_path, content, message):
-    path = tmp_path / "dev.en.tsv"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        data.read_table(path, ["no", "yes"], unknown=True)
-    assert str(error.value).startswith(str(path)) and message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (b'\xef\xbb\xbftext\tlabel\r\n"x\tyes\r\n y \tno', data.Rows(['"x', " y "], None, [1, 0])),
-        (b"text\n\na\rb\xc2\x85\n", data.Rows(["", "a\rb\x85"], None, None)),
-        (b"text_a\ttext_b\tlabel\nx\t\tno\n", data.Rows(["x"], [""], [0])),
-        (b"id\tlabel\ttext_b\t\ttext_a\n7\tyes\tb\t?\ta\n", data.Rows(["a"], ["b"], [1])),
-    ],
-)
-def test_read_table_takes_marks_crlf_any_text_and_columns_in_any_order(tmp_path, content, expected):
-    (tmp_path / "x.tsv").write_bytes(content)
-    rows, columns = data.read_table(tmp_path / "x.tsv", ["no", "yes"])
-    assert rows == expected
-    lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    assert [list(row) for row in zip(*([name, *cells] for name, cells in columns.items()))] == [
-        line.split("\t") for line in lines
-    ]
-    data.write_table(tmp_path / "y.tsv", columns)
-    assert (
-        (tmp_path / "y.tsv")
-        .read_text(encoding="utf-8")
-        .splitlines(keepends=True)[-1]
-        .endswith("\n")
-    )
-    assert data.read_table(tmp_path / "y.tsv", ["no", "yes"]) == (rows, columns)
-
-
-def test_an_empty_label_is_unknown_only_where_that_is_allowed(tmp_path):
-    path = tmp_path / "in.tsv"
-    path.write_text("text\tlabel\nx\tyes\ny\t\nz\tno\n")
-    assert data.read_table(path, ["no", "yes"], unknown=True)[0].labels == [1, -1, 0]
-    with pytest.raises(
-        UserError, match=r"in.tsv, line 3: unknown label '', expected one of no, yes$"
+def test_balance_repeats_train_rows_only_and_is_seeded(tmp_path, convert):
+    write_massive(tmp_path / "archives")
+    rows = {}
+    for name, flags in (
+        ("plain", ""),
+        ("a", "--balance"),
+        ("b", "--balance"),
+        ("c", "--balance --seed 1"),
     ):
-        data.read_table(path, ["no", "yes"])
+        folder = convert("massive", f"--languages en --intents 0 {flags}", out=name)
+        rows[name] = read_plain(folder / "train.en.tsv")[1:]
+        assert read_plain(folder / "test.en.tsv") == read_plain(tmp_path / "plain" / "test.en.tsv")
+    copies = Counter(map(tuple, rows["a"]))
+    assert {text for text, _ in rows["a"]} == {text for text, _ in rows["plain"]}
+    for label in {label for _, label in copies}:  # no row is repeated twice more than another
+        counts = [count for (_, other), count in copies.items() if other == label]
+        assert sum(counts) == 9 and max(counts) - min(counts) <= 1
+    assert rows["a"] == rows["b"] != rows["c"]
 
 
-@pytest.mark.parametrize("content", [b"no\nyes\nno\n", b"no\n", b"", b"no\n\n"])
-def test_read_labels_wants_different_labels(tmp_path, content):
-    (tmp_path / "labels.txt").write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"labels.txt: expected two or more different labels, one a line, got \["
-    ):
-        data.read_labels(tmp_path)
-
-
-def test_read_labels_and_split_name_what_is_missing(tmp_path, data_folder):
-    with pytest.raises(UserError, match="is not a data set folder: it has no labels.txt"):
-        data.read_labels(tmp_path)
-    with pytest.raises(UserError, match=r"dev.fr.tsv does not exist; dev is there in: en de zh$"):
-        data.read_split(data_folder, "dev", "fr", ["a", "b"])
-    with pytest.raises(
-        UserError, match=r"dev.en.tsv does not exist; dev is there in: no language$"
-    ):
-        data.read_split(tmp_path, "dev", "en", ["a", "b"])
-    with pytest.raises(UserError, match=r"missing.tsv does not exist"):
-        data.read_table(tmp_path / "missing.tsv")
-    (tmp_path / "dev.en.tsv").write_text("text\nx\n")
-    with pytest.raises(UserError, match=r"dev.en.tsv, line 1: no label column"):
-        data.read_split(tmp_path, "dev", "en", ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    "labels, label, message",
-    [
-        (
-            ["tr\u00e8s", "mal"],
-            "tre\u0300s",
-            r"unknown label 'tre\u0300s', expected one of tr\u00e8s, mal; 'tre\\u0300s' is not 'tr\\xe8s'$",
-        ),
-        (["no ", "yes"], "no", "unknown label 'no', expected one of no , yes; 'no' is not 'no '$"),
-        (
-            ["no", "yes"],
-            "no\u00a0",
-            r"unknown label 'no\\xa0', expected one of no, yes; 'no\\xa0' is not 'no'$",
-        ),
-        (["no", "yes"], "No", "expected one of no, yes; 'No' is not 'no'$"),
-        (["no", "yes"], "\u200bno", r"unknown label '\\u200bno', expected one of no, yes$"),
-        (
-            list("abcdefghi"),
-            "x" * 99,
-            f"unknown label '{'x' * 60}', expected one of a, b, c, d, e, f, g, h, \\.\\.\\.$",
-        ),
-    ],
-)
-def test_labels_that_print_alike_are_shown_as_code_points(labels, label, message):
-    with pytest.raises(UserError, match="^dev.en.tsv, line 2: .*" + message):
-        archives.label_index(label, labels, "dev.en.tsv, line 2")
-
-
-CODES = ["de", "en", "pt-BR", "sr-Latn", "zh_Hant", "zh"]
-
-
-@pytest.fixture
-def coded(tmp_path):
-    """A data set folder with codes as people have them."""
-    (tmp_path / "labels.txt").write_text("no\nyes\n")
-    for code in CODES:
-        for split in ("train", "dev"):
-            write_tsv(tmp_path / f"{split}.{code}.tsv", [(code, "no"), (split, "yes")])
-    return tmp_path
-
-
-def test_language_codes_are_read_as_people_have_them(coded, script):
-    assert data.split_languages(coded, "dev") == ["en", "de", "pt-BR", "sr-Latn", "zh", "zh_Hant"]
-    assert data.split_languages(coded, "dev", first="zh_Hant")[:2] == ["zh_Hant", "de"]
-    assert data.split_languages(coded, "test") == data.split_languages(coded / "none", "dev") == []
-    sets = data.read_sets(coded, [("dev", code) for code in CODES], ["no", "yes"])
-    assert {code: rows.text_a for (_, code), rows in sets.items()} == {
-        code: [code, "dev"] for code in CODES
-    }
-    assert data.fingerprint(coded, sets) == {
-        f"dev.{code}.tsv": hashlib.sha256((coded / f"dev.{code}.tsv").read_bytes()).hexdigest()
-        for code in CODES
-    }
-    status, out, _ = script("data", "check", coded)
-    assert (
-        status == 0
-        and {f"{split}.{code}" for code in CODES for split in ("train", "dev")} == cells(out).keys()
-    )
-
-
-def test_files_that_look_like_a_split_are_named_in_a_warning(coded, capsys):
-    strange = [
-        "dev.sr.Latn.tsv",
-        "dev.tsv",
-        "test.DE.TSV",
-        "validation.de.tsv",
-        "valid.de.tsv",
-        "Train.de.tsv",
-        "dev.d e.tsv",
-    ]
-    for name in [*strange, "notes.tsv", "development.tsv", ".dev.de.tsv.x.tmp", "dev.de.tsv.bak"]:
-        (coded / name).touch()
-    for _ in range(2):  # said once
-        assert data.split_languages(coded, "dev") == [
-            "en",
-            "de",
-            "pt-BR",
-            "sr-Latn",
-            "zh",
-            "zh_Hant",
-        ]
-    warnings = capsys.readouterr().err.splitlines()
-    assert sorted(warnings) == sorted(
-        f"warning: {coded / name} is not read: a split's file is named train, dev or test, a language code without a dot "
-        "and .tsv, as dev.pt-BR.tsv"
-        for name in strange
-    )
-
-
-def test_train_language_is_a_role(coded):
-    assert data.train_language(coded) == "en" and data.train_language(coded, "sr-Latn") == "sr-Latn"
-    (coded / "train.en.tsv").unlink()
-    with pytest.raises(
-        UserError,
-        match="has train files in de pt-BR sr-Latn zh zh_Hant: say which with --train-language$",
-    ):
-        data.train_language(coded)
-    with pytest.raises(
-        UserError, match="train.en.tsv does not exist; train is there in: de pt-BR sr-Latn zh zh_H"
-    ):
-        data.train_language(coded, "en")
-    for code in CODES[2:] + ["de"]:
-        assert data.train_language(coded, code) == code
-        if code != "zh_Hant":
-            (coded / f"train.{code}.tsv").unlink()
-    assert data.train_language(coded) == "zh_Hant"
-    (coded / "train.zh_Hant.tsv").unlink()
-    with pytest.raises(
-        UserError, match=r"train.en.tsv does not exist; train is there in: no language$"
-    ):
-        data.train_language(coded)
-
-
-def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
-    write_tsv(
-        tmp_path / "dev.en.tsv", [("7", "no", "b", "face", "a")], "id\tlabel\ttext_b\tgenre\ttext_a"
-    )
-    for _ in range(2):
-        assert data.read_split(tmp_path, "dev", "en", ["no", "yes"]) == data.Rows(["a"], ["b"], [0])
-    assert (
-        capsys.readouterr().err
-        == f"note: {tmp_path / 'dev.en.tsv'}: columns that are not read: id genre\n"
-    )
-
-
-def test_pairs_and_single_texts_do_not_mix(coded):
-    labels, keys = ["no", "yes"], [("train", "en"), ("dev", "de")]
-    assert list(data.read_sets(coded, keys, labels, pairs=False)) == keys
-    with pytest.raises(
-        UserError,
-        match=r"train.en.tsv holds single texts \(text\), expected pairs \(text_a, text_b",
-    ):
-        data.read_sets(coded, keys, labels, pairs=True)
-    write_tsv(coded / "dev.de.tsv", [("a", "b", "no")], "text_a\ttext_b\tlabel")
-    with pytest.raises(
-        UserError,
-        match=r"dev.de.tsv holds pairs \(text_a, text_b\), expected single texts \(text\)",
-    ):
-        data.read_sets(coded, keys, labels)
-    assert data.read_sets(coded, keys[1:], labels, pairs=True)["dev", "de"].text_b == ["b"]
-
-
-@pytest.mark.parametrize("count", [1, 5, 7, 12])
-def test_take_spreads_evenly_and_takes_the_same_rows_in_every_language(count):
-    numbers = list(range(13))
-    english = data.Rows([f"en {i}" for i in numbers], [f"b {i}" for i in numbers], numbers)
-    german = data.Rows([f"de {i}" for i in numbers], None, None)
-    taken = data.take(english, count).labels
-    assert len(taken) == count and taken[0] == 0
-    gaps = np.diff(taken + [13])  # the stretch that each taken row stands for
-    assert gaps.min() >= 13 // count and gaps.max() <= -(-13 // count)
-    assert data.take(english, count) == data.Rows(
-        [f"en {i}" for i in taken], [f"b {i}" for i in taken], taken
-    )
-    assert data.take(german, count) == data.Rows([f"de {i}" for i in taken], None, None)
-    assert data.take(english, None) == data.take(english, 13) == data.take(english, 99) == english
-
-
-# --- the download ------------------------------------------------------------------------------------------------
+# --- the download ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local HTTP server: `body` is sent (short of it by `cut` bytes), or `failure`; `asked` counts."""
+    """A local HTTP server: sends `body` short of `cut` bytes, or `failure`; `asked` counts."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1127,7 +293,8 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.body, server.cut, server.failure, server.asked = b"", 0, None, 0
-        server.url = f"http://127.0.0.1:{server.server_port}/set/"
+        server.path = f"http://127.0.0.1:{server.server_port}/amazon-massive-dataset-1.0.tar.gz"
+        monkeypatch.setattr(data, "MASSIVE_URL", server.path)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -1135,113 +302,425 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_massive_downloads_once_beside_the_data_set(tmp_path, server, script, monkeypatch):
-    path = write_massive(tmp_path / "made", massive_members())
-    server.body = path.read_bytes()
-    monkeypatch.setattr(archives, "MASSIVE_URL", server.url + path.name)
+def test_a_download_is_kept_beside_the_data_set_whole_or_not_at_all(tmp_path, server, convert):
+    server.body = write_massive(tmp_path / "made").read_bytes()
+    for cut, failure, message in (0, 404, "HTTP Error 404: Not Found"), (7, None, "7 bytes"):
+        server.cut, server.failure = cut, failure
+        sentence = convert("massive", archives=(), out="data/massive")
+        assert server.path in sentence and message in sentence and "--archives" in sentence
+        assert not list((tmp_path / "data").rglob("*.*"))
+    server.cut = server.asked = 0
     for _ in range(2):
-        assert (
-            script("data", "massive", "--out", tmp_path / "data" / "massive", "--languages", "en")[
-                0
-            ]
-            == 0
-        )
-    assert (
-        server.asked == 1
-        and (tmp_path / "data" / "archives" / path.name).read_bytes() == server.body
-    )
-    assert [file.name for file in (tmp_path / "data" / "archives").iterdir()] == [path.name]
-    assert read_plain(tmp_path / "data" / "massive" / "test.en.tsv")[1:]
+        folder = convert("massive", "--languages en", archives=(), out="data/massive")
+    (path,) = (tmp_path / "data" / "archives").iterdir()
+    assert server.asked == 1 and path.read_bytes() == server.body
+    assert read_plain(folder / "test.en.tsv") == massive_rows("en-US", "test")
+
+
+# --- tables ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "cut, failure, message", [(0, 404, "HTTP Error 404: Not Found"), (7, None, "7 bytes")]
+    "name, content, expected, lines",
+    [
+        (
+            "x.tsv",
+            b'\xef\xbb\xbfa\tb\r\n"x\tyes\r\n y \t',
+            {"a": ['"x', " y "], "b": ["yes", ""]},
+            [2, 3],
+        ),
+        ("x.tsv", b"a\tb\n\t\n1\t2\n\n\r\n", {"a": ["", "1"], "b": ["", "2"]}, [2, 3]),
+        ("x.txt", b"a\n\nx\ry\xc2\x85\n\n", {"a": ["", "x\ry\x85", ""]}, [2, 3, 4]),
+        (
+            "x.csv",
+            b'a,b\n"1,\n2",3\n\n"x ""y""",\n',
+            {"a": ["1,\n2", 'x "y"'], "b": ["3", ""]},
+            [2, 5],
+        ),
+        ("x.csv", b"\xef\xbb\xbfa;b\r\n1,5;2\r\n;\r\n", {"a": ["1,5"], "b": ["2"]}, [2]),
+        ("x.CSV", b'"a\tb"\tc\n1\t2\n', {"a\tb": ["1"], "c": ["2"]}, [2]),
+        ("x.csv", b"text\nno, comma\n", None, "line 2: 2 columns, expected 1 (text)"),
+        (
+            "x.jsonl",
+            b'{"a": "1\\n", "b": 2}\n\n{"c": null, "a": "\xc3\xbc"}\n',
+            {"a": ["1\n", "ü"], "b": ["2", ""], "c": ["", ""]},
+            [1, 3],
+        ),
+        ("x.tsv", b"a\tb\nx\t\n\ny\tno\n", None, "line 3: 1 columns, expected 2 (a, b)"),
+        ("x.tsv", b"a\tb\nx\ty\tno\n", None, "line 2: 3 columns, expected 2 (a, b)"),
+        (
+            "x.tsv",
+            b"a\tb\nx\tno\n\xe4\tno\n",
+            None,
+            "line 3: not UTF-8 (byte 0xe4): save it as UTF-8",
+        ),
+        ("x.csv", b"a,b\n1,2\n3,\xff\n", None, "line 3: not UTF-8 (byte 0xff)"),
+        ("x.csv", b'a,b\n1,2\n3,"4\n5,6\n', None, "line 3: unexpected end of data"),
+        ("x.tsv", b"a\tb\ta\n", None, "line 1: two columns have one name: a, b, a"),
+        ("x.tsv", b"a\tb\n", None, "holds no rows"),
+        ("x.csv", b"", None, "holds no rows"),
+        ("x.jsonl", b'{"a": 1}\n[1]\n', None, "line 2: not a JSON object ("),
+        ("x.jsonl", b'{"a": \n', None, "line 1: not a JSON object (Expecting value"),
+        ("x.jsonl", b'{"a": "\\ud83d"}\n', None, "line 1: not a JSON object ('utf-8' codec"),
+        ("x.xlsx", b"PK", None, "save it as CSV (in Excel: Save As, CSV UTF-8)"),
+    ],
 )
-def test_a_download_that_fails_leaves_nothing(
-    tmp_path, server, script, monkeypatch, cut, failure, message
-):
-    server.body, server.cut, server.failure = bytes(300_001), cut, failure
-    monkeypatch.setattr(archives, "XNLI_URL", server.url + "XNLI-1.0.zip")
-    sentence = refusal(script("data", "xnli", "--out", tmp_path / "data" / "xnli"))
-    assert (
-        f"{server.url}XNLI-1.0.zip: " in sentence
-        and message in sentence
-        and "--archives" in sentence
+def test_tables_of_every_form(tmp_path, name, content, expected, lines):
+    (tmp_path / name).write_bytes(content)
+    if expected:
+        columns, numbers = archives.read_columns(tmp_path / name)
+        assert columns == expected and list(numbers) == lines
+    else:
+        with pytest.raises(UserError) as error:
+            archives.read_columns(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name)) and lines in str(error.value)
+
+
+def test_what_is_written_is_read_again_by_others_and_by_us(tmp_path):
+    columns = {"te,xt": ['a "b"', "x;\ny", "ü"], "label": ["", "1", "2"]}
+    for form in ("csv", "jsonl", "tsv"):
+        archives.write_columns(tmp_path / f"x.{form}", columns)
+    for form in ("csv", "jsonl"):
+        assert archives.read_columns(tmp_path / f"x.{form}")[0] == columns
+    with open(tmp_path / "x.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row.values()) for row in rows] == [list(row) for row in zip(*columns.values())]
+    lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    assert read_plain(tmp_path / "x.tsv")[1:] == [['a "b"', ""], ["x; y", "1"], ["ü", "2"]]
+
+
+def test_pipes_and_standard_input_and_output(tmp_path, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"text\nhello\n")
+    os.close(writer)
+    assert archives.read_columns(f"/dev/fd/{reader}")[0] == {"text": ["hello"]}
+    os.close(reader)
+    for form, content in (None, "a\tb\n1\t2\n"), ("csv", "a,b\n1,2\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        columns, _ = archives.read_columns("-", form)
+        assert columns == {"a": ["1"], "b": ["2"]}
+        archives.write_columns("-", columns, form)
+        assert capsys.readouterr().out == content
+    with pytest.raises(UserError, match="missing.tsv does not exist$"):
+        archives.read_columns(tmp_path / "missing.tsv")
+
+
+@pytest.mark.parametrize(
+    "labels, label, message",
+    [
+        (["tr\u00e8s", "mal"], "tre\u0300s", r"très, mal; 'tre\\u0300s' is not 'tr\\xe8s'$"),
+        (["no ", "yes"], "no", "one of no , yes; 'no' is not 'no '$"),
+        (["no", "yes"], "no\u00a0", r"'no\\xa0', .* no, yes; 'no\\xa0' is not 'no'$"),
+        (["no", "yes"], "No", "'No' is not 'no'$"),
+        (["no", "yes"], "", "'', expected one of no, yes$"),
+        (list("abcdefghi"), "x" * 99, f"'{'x' * 60}', expected one of a, .*, g, h, \\.\\.\\.$"),
+    ],
+)
+def test_labels_that_print_alike_are_shown_as_code_points(labels, label, message):
+    with pytest.raises(UserError, match="^dev.en.tsv, line 2: unknown label .*?" + message):
+        archives.label_index(label, labels, "dev.en.tsv, line 2")
+    assert archives.label_index(labels[1], labels, "") == 1
+
+
+# --- the folder format ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"no\nyes\nno\n", b"no\n", b"", b"no\n\n", b"no\n\nyes\n"])
+def test_read_labels_wants_different_labels(tmp_path, content):
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"labels.txt: expected two or more different labels, .* \["
+    ):
+        data.read_labels(tmp_path)
+    (tmp_path / "labels.txt").write_bytes(b"no\r\nyes\r\n\r\n\n")  # empty lines at the end
+    assert data.read_labels(tmp_path) == ["no", "yes"]
+
+
+CODES = ["de", "en", "pt-BR", "sr-Latn", "zh_Hant", "zh"]
+
+
+@pytest.fixture
+def coded(tmp_path):
+    """A data set folder with codes as people have them."""
+    (tmp_path / "labels.txt").write_text("no\nyes\n")
+    for code, split in itertools.product(CODES, ("train", "dev")):
+        write_tsv(tmp_path / f"{split}.{code}.tsv", [(code, "no"), (split, "yes")])
+    return tmp_path
+
+
+def test_read_split_names_what_is_wrong(coded):
+    def message(split, language="en"):
+        with pytest.raises(UserError) as error:
+            data.read_split(coded, split, language, ["no", "yes"])
+        return str(error.value)
+
+    assert message("dev", "fr").endswith(
+        "dev.fr.tsv does not exist; dev is there in: en de pt-BR sr-Latn zh zh_Hant"
     )
-    assert not list((tmp_path / "data").rglob("*.*"))
+    assert message("test").endswith("test.en.tsv does not exist; test is there in: no language")
+    for content, end in [
+        ("text\nx\n", "line 1: no column 'label'; there are: 'text'"),
+        ("a sentence\tno\nx\ty\n", "line 1: no column 'text'; there are: 'a sentence', 'no'"),
+        ("text_a\tlabel\nx\tno\n", "line 1: no column 'text_b'; there are: 'text_a', 'label'"),
+        ("text\tlabel\nx\tno\ny\t\n", "line 3: unknown label '', expected one of no, yes"),
+    ]:
+        (coded / "test.en.tsv").write_text(content)
+        assert message("test") == f"{coded / 'test.en.tsv'}, {end}"
+    with pytest.raises(UserError, match="is not a data set folder: it has no labels.txt"):
+        data.read_labels(coded / "none")
 
 
-def test_no_server_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"http://127.0.0.1:1/set.zip: .*refused.*--archives$"):
-        archives.find_archive("http://127.0.0.1:1/set.zip", None, tmp_path / "set")
+def test_columns_in_any_order_and_those_not_read(tmp_path, capsys):
+    header = "id\tlabel\ttext_b\tgenre\tgroup\ttext_a"
+    write_tsv(tmp_path / "dev.en.tsv", [("7", "no", "b", "face", "g", "a")], header)
+    for _ in range(2):  # said once
+        rows = data.read_split(tmp_path, "dev", "en", ["no", "yes"])
+        assert rows == data.Rows(["a"], ["b"], [0], ["g"])
+    note = f"note: {tmp_path / 'dev.en.tsv'}: columns that are not read: id genre\n"
+    assert capsys.readouterr().err == note
 
 
-# --- check -------------------------------------------------------------------------------------------------------
+def test_language_codes_are_read_as_people_have_them(coded, script):
+    assert data.split_languages(coded, "dev") == ["en", "de", "pt-BR", "sr-Latn", "zh", "zh_Hant"]
+    assert data.split_languages(coded, "dev", first="zh_Hant")[:2] == ["zh_Hant", "de"]
+    assert data.split_languages(coded, "test") == data.split_languages(coded / "none", "dev") == []
+    sets = data.read_sets(coded, [("dev", code) for code in CODES], ["no", "yes"])
+    for (_, code), rows in sets.items():
+        assert rows.text_a == [code, "dev"]
+    digest = hashlib.sha256((coded / "dev.pt-BR.tsv").read_bytes()).hexdigest()
+    assert data.fingerprint(coded, [("dev", "pt-BR")]) == {"dev.pt-BR.tsv": digest}
+    files = {f"{split}.{code}" for code in CODES for split in ("train", "dev")}
+    assert cells(script("data", "check", coded)[1]).keys() == files
+
+
+def test_files_that_look_like_a_split_are_named_in_a_warning(coded, capsys):
+    strange = ["dev.sr.Latn.tsv", "dev.tsv", "test.DE.TSV", "valid.de.tsv", "dev.d e.tsv"]
+    for name in [*strange, "notes.tsv", "development.tsv", ".dev.de.tsv.x.tmp", "dev.de.tsv.bak"]:
+        (coded / name).touch()
+    for _ in range(2):  # said once
+        assert set(data.split_languages(coded, "dev")) == set(CODES)
+    warnings = capsys.readouterr().err.splitlines()
+    named = [line.partition(" is not read: a split's file is named ")[0] for line in warnings]
+    assert sorted(named) == sorted(f"warning: {coded / name}" for name in strange)
+
+
+def test_train_language_is_a_role(coded):
+    assert data.train_language(coded) == "en" and data.train_language(coded, "sr-Latn") == "sr-Latn"
+    (coded / "train.en.tsv").unlink()
+    with pytest.raises(
+        UserError, match="in de pt-BR .* zh zh_Hant: say which with --train-language$"
+    ):
+        data.train_language(coded)
+    with pytest.raises(
+        UserError, match="train.en.tsv does not exist; train is there in: de pt-BR "
+    ):
+        data.train_language(coded, "en")
+    for code in ("de", "pt-BR", "sr-Latn", "zh"):
+        (coded / f"train.{code}.tsv").unlink()
+    assert data.train_language(coded) == "zh_Hant"
+    (coded / "train.zh_Hant.tsv").unlink()
+    with pytest.raises(UserError, match="train.en.tsv does not exist; train .* no language$"):
+        data.train_language(coded)
+
+
+def test_pairs_and_single_texts_do_not_mix(coded):
+    labels, keys = ["no", "yes"], [("train", "en"), ("dev", "de")]
+    assert list(data.read_sets(coded, keys, labels, pairs=False)) == keys
+    message = r"train.en.tsv holds single texts \(text\), expected pairs \(text_a, text_b"
+    with pytest.raises(UserError, match=message):
+        data.read_sets(coded, keys, labels, pairs=True)
+    write_tsv(coded / "dev.de.tsv", [("a", "b", "no")], "text_a\ttext_b\tlabel")
+    with pytest.raises(UserError, match=r"dev.de.tsv holds pairs \(.*\), expected single texts"):
+        data.read_sets(coded, keys, labels)
+    assert data.read_sets(coded, keys[1:], labels, pairs=True)["dev", "de"].text_b == ["b"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 7, 12])
+def test_take_spreads_evenly_and_takes_the_same_rows_in_every_language(count):
+    numbers = list(range(13))
+    english = data.Rows([f"en {i}" for i in numbers], None, numbers, [f"g {i}" for i in numbers])
+    taken = data.take(english, count).labels
+    assert len(taken) == count and taken[0] == 0
+    gaps = np.diff(taken + [13])  # the stretch that each taken row stands for
+    assert gaps.min() >= 13 // count and gaps.max() <= -(-13 // count)
+    groups = [f"g {i}" for i in taken]
+    assert data.take(english, count) == data.Rows([f"en {i}" for i in taken], None, taken, groups)
+    assert data.take(data.Rows(numbers), count) == data.Rows(taken)
+    assert data.take(english, None) == data.take(english, 13) == data.take(english, 99) == english
+
+
+def test_groups_come_from_the_column_else_from_first_texts(tmp_path, script):
+    (tmp_path / "labels.txt").write_text("no\nyes\n")
+    texts = [("b1", "gb", "no"), ("a2", "ga", "no"), ("b3", "gb", "no"), ("c4", "gc", "no")]
+    write_tsv(tmp_path / "dev.en.tsv", texts, "text\tgroup\tlabel")
+    rows = data.read_split(tmp_path, "dev", "en", ["no", "yes"])
+    for other in (rows, rows._replace(text_b=["x"] * 4)):
+        assert data.group_numbers(other).tolist() == [0, 1, 0, 2]
+    assert data.group_numbers(data.Rows(list("baab"), list("wxyz"))).tolist() == [0, 1, 1, 0]
+    assert data.group_numbers(data.Rows(list("baab"))).tolist() == [0, 1, 2, 3]
+    assert data.group_numbers(rows).dtype == np.int64
+    status, out, err = script("data", "check", tmp_path)
+    assert status == 0 and err == "" and cells(out)["dev.en"][:2] == ["4", "3"]
+
+
+# --- a user's own tables --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, script):
+    """own(flags, a.csv=rows, ...) writes the tables and runs data.py own -> (status, stdout, stderr)."""
+
+    def run(flags, columns="id body queue", out="set", **tables):
+        for name, rows in tables.items():
+            with open(tmp_path / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([columns.split(), *rows])
+        flags = flags.replace("=", f"={tmp_path}/").split()
+        names = ["--text", "body", "--label", "queue"]
+        return script("data", "own", "--out", tmp_path / out, *names, *flags)
+
+    return run
+
+
+TICKETS = [(i, f"text {i // 2}", "abac"[i % 4] if i < 12 else "b") for i in range(30)]
+
+
+def test_own_makes_a_folder_with_labels_by_falling_count(tmp_path, own):
+    dev = [(1, "an\tein\r\nzwei", "a "), (2, "zwei", ""), (3, " ", "b"), (4, "drei", "c")]
+    flags = "--train en=en.csv --dev de=de.csv en=en.csv --test fr=de.csv"
+    status, out, err = own(flags, en=TICKETS, de=dev)
+    folder = tmp_path / "set"
+    assert status == 0 and cells(out)["dev.de"][0] == "2"
+    counts = Counter(label for *_, label in TICKETS)
+    assert counts == {"b": 21, "a": 6, "c": 3}
+    assert (folder / "labels.txt").read_text() == "b\na\nc\n"
+    train = read_plain(folder / "train.en.tsv")
+    assert train == [["text", "label"], *([text, label] for _, text, label in TICKETS)]
+    assert train == read_plain(folder / "dev.en.tsv")
+    assert read_plain(folder / "dev.de.tsv")[1:] == [["an ein  zwei", "a"], ["drei", "c"]]
+    source = json.loads((folder / "sources.json").read_text())["dev.de.tsv"]
+    digest = hashlib.sha256((folder / "dev.de.tsv").read_bytes()).hexdigest()
+    columns = {"text": "body", "label": "queue"}
+    files = [str(tmp_path / "de.csv")]
+    assert source == {"files": files, "columns": columns, "rows": 2, "sha256": digest}
+    assert "de.csv, line 4: no body or no queue; rows left out for that: 2\n" in err
+    assert (
+        "en.csv, line 3: the text of line 2, 'b' here, 'a' there; such rows, which stay: 6" in err
+    )
+
+
+def test_labels_with_one_count_stand_by_name_and_files_of_a_language_are_joined(tmp_path, own):
+    rows = [(1, "x", "zeta"), (2, "y", "alpha")]
+    flags = "--train en=a.csv en=b.csv --hold-out 0"
+    assert own(flags, a=rows, b=[(3, "z", "mu"), (4, "w", "mu")])[0] == 0
+    assert (tmp_path / "set" / "labels.txt").read_text() == "mu\nalpha\nzeta\n"
+    assert [row[0] for row in read_plain(tmp_path / "set" / "train.en.tsv")[1:]] == list("xyzw")
+    assert not (tmp_path / "set" / "dev.en.tsv").exists()
+
+
+@pytest.mark.parametrize("group", ["body", "thread"])
+def test_hold_out_takes_whole_groups_of_each_class(tmp_path, own, group):
+    columns, rows = "id body queue thread", []
+    for i in range(120):  # threads of three, each of one class: 20 of a, 12 of b, 7 of c, 1 of d
+        label = "a" * 20 + "b" * 12 + "c" * 7 + "d"
+        text = f"text {i}" if group == "thread" else f"text {i // 3}"  # or the same text thrice
+        rows.append((i, text, label[i // 3], f"t{i // 3}"))
+    random.Random(1).shuffle(rows)
+    for out, seed in ("one", 0), ("two", 0), ("three", 5):
+        flags = f"--train en=x.csv de=x.csv --dev de=x.csv --group {group} --hold-out 0.2"
+        assert own(f"{flags} --seed {seed}", columns, out, x=rows)[0] == 0
+        assert len(read_plain(tmp_path / out / "train.de.tsv")) == 121  # de has its dev
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    train, dev = (
+        read_plain(tmp_path / "one" / f"{split}.en.tsv")[1:] for split in ("train", "dev")
+    )
+    assert dev != read_plain(tmp_path / "three" / "dev.en.tsv")[1:]
+    assert sorted(row[0] for row in train + dev) == sorted(row[1] for row in rows)
+    assert not {row[2] for row in train} & {row[2] for row in dev}
+    groups = Counter(label for _, label in {(row[2], row[1]) for row in dev})
+    assert groups == {"a": 4, "b": 2, "c": 1}  # a fifth of 20, 12 and 7; the only one of d stays
+
+
+@pytest.mark.parametrize(
+    "flags, rows, message",
+    [
+        (
+            "--train en=a.csv --dev de=b.csv",
+            [(1, "x", "z")],
+            "b.csv, line 2: unknown label 'z', expected one of a, b, c",
+        ),
+        (
+            "--train en=a.csv --label who",
+            [],
+            "a.csv, line 1: no column 'who'; there are: 'id', 'body', 'queue'",
+        ),
+        (
+            "--train en=a.csv --group who",
+            [],
+            "a.csv, line 1: no column 'who'; there are: 'id', 'body', 'queue'",
+        ),
+        (
+            "--train en=a.csv --test de=b.csv",
+            [(1, "", "b"), (2, "x", "")],
+            "b.csv: no row has body and queue",
+        ),
+        (
+            "--train en=b.csv",
+            [(1, "x", "b"), (2, "y", "b")],
+            "train has the labels ['b'], expected two or more",
+        ),
+        ("--train en=c.csv", [], "c.csv does not exist"),
+        ("--train en=c.xlsx", [], "c.xlsx: a spreadsheet's own format is not read: save it as CSV"),
+    ],
+)
+def test_own_refuses_in_a_sentence_and_writes_nothing(tmp_path, own, flags, rows, message):
+    status, _, err = own(flags, a=TICKETS, b=rows or TICKETS)
+    assert message in refusal(status, err) and not (tmp_path / "set").exists()
+
+
+def test_own_takes_the_tickets_of_the_sample(tmp_path, script):
+    sample = Path(__file__).parent.parent / "sample"
+    flags = f"--train en={sample}/tickets_en.csv --dev de={sample}/tickets_de.csv --text body"
+    flags = f"own --out {tmp_path / 'set'} --label queue {flags}".split()
+    status, out, err = script("data", *flags)
+    assert status == 0 and "rows left out for that: 5" in err
+    assert [cells(out)[name][0] for name in ("train.en", "dev.en", "dev.de")] == ["29", "4", "12"]
+    assert set(data.read_labels(tmp_path / "set")) == set(data.read_labels(sample / "intents"))
+
+
+# --- check ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def odd_folder(tmp_path):
-    """5 train rows (one twice, two again in a third), 3 dev and 2 test rows, some of them in train."""
+    """5 train rows (one there thrice), 3 dev and 2 test rows, some of them in train."""
     (tmp_path / "labels.txt").write_text("no\nyes\n")
-    write_tsv(
-        tmp_path / "train.en.tsv",
-        [
-            ("the refund", "no"),
-            ("money", "yes"),
-            ("the refund", "no"),
-            ("the refund", "no"),
-            ("agent", "no"),
-        ],
-    )
+    train = [("the refund", "no"), ("money", "yes"), ("the refund", "no"), ("the refund", "no")]
+    write_tsv(tmp_path / "train.en.tsv", [*train, ("agent", "no")])
     write_tsv(tmp_path / "dev.en.tsv", [("money", "yes"), ("parcel late", "no"), ("agent", "no")])
-    write_tsv(
-        tmp_path / "dev.de.tsv",
-        [("geld 猫 猫", "yes"), ("paket mensch berater das jetzt", "no"), ("mein", "no")],
-    )
+    german = [("geld 猫 猫", "yes"), ("paket mensch berater das jetzt", "no"), ("mein", "no")]
+    write_tsv(tmp_path / "dev.de.tsv", german)
     write_tsv(tmp_path / "test.en.tsv", [("cancel", "yes"), ("order", "yes")])
     return tmp_path
 
 
 def cells(out):
-    """The check's lines by file, in columns: rows, smallest, largest, twice, in train (train: none), then the model's."""
+    """The check's lines by file: rows, groups, smallest, largest, twice, in train (not for train)..."""
     rows = [
-        line.strip("| ").replace("|", " ").split()
-        for line in out.splitlines()
-        if line.startswith("| ")
+        line.strip("| ").replace("|", " ").split() for line in out.splitlines() if line[:2] == "| "
     ]
     return {name: cells for name, *cells in rows[1:]}
 
 
 def test_check_counts_rows_balance_repeats_and_overlap(odd_folder, script):
     status, out, _ = script("data", "check", odd_folder)
-    assert (
-        status == 0 and out.startswith(f"{odd_folder}: 2 labels: no yes\n") and "warning" not in out
-    )
+    assert status == 0 and out.startswith(f"{odd_folder}: 2 labels: no yes\n") and "note" not in out
     assert cells(out) == {
         "train.en": ["5", "5", "20.0%", "80.0%", "2"],
         "dev.en": ["3", "3", "33.3%", "66.7%", "0", "2"],
         "dev.de": ["3", "3", "33.3%", "66.7%", "0", "0"],
         "test.en": ["2", "2", "0.0%", "100.0%", "0", "0"],
     }
-
-
-def test_groups_come_from_the_column_else_from_first_texts(tmp_path, script):
-    (tmp_path / "labels.txt").write_text("no\nyes\n")
-    write_tsv(
-        tmp_path / "dev.en.tsv",
-        [(t, "g" + t[0], "no") for t in ("b1", "a2", "b3", "c4")],
-        "text\tgroup\tlabel",
-    )
-    rows = data.read_split(tmp_path, "dev", "en", ["no", "yes"])
-    assert rows.groups == ["gb", "ga", "gb", "gc"]
-    assert data.group_numbers(rows).tolist() == [0, 1, 0, 2]
-    assert data.take(rows, 2).groups == ["gb", "gb"]
-    assert data.group_numbers(rows._replace(text_b=["x"] * 4)).tolist() == [0, 1, 0, 2]
-    assert data.group_numbers(data.Rows(list("baab"), list("wxyz"))).tolist() == [0, 1, 1, 0]
-    assert data.group_numbers(data.Rows(list("baab"))).tolist() == [0, 1, 2, 3]
-    assert data.group_numbers(rows).dtype == np.int64
-    status, out, err = script("data", "check", tmp_path)
-    assert status == 0 and err == "" and cells(out)["dev.en"][:2] == ["4", "3"]
 
 
 def test_check_counts_unknown_tokens_and_cut_rows(odd_folder, script, model_folder):
@@ -1253,54 +732,29 @@ def test_check_counts_unknown_tokens_and_cut_rows(odd_folder, script, model_fold
     assert "cut: longer than 6 tokens" in out
 
 
-@pytest.mark.parametrize(
-    "rows", [[("geld", "yes"), ("mein", "yes"), ("x", "no")], [("geld", "yes"), ("mein", "no")]]
-)
+@pytest.mark.parametrize("rows", [["yes", "yes", "no"], ["yes", "no"]])
 def test_check_notes_files_that_are_no_translations(odd_folder, script, rows):
-    write_tsv(odd_folder / "dev.de.tsv", rows)
+    write_tsv(odd_folder / "dev.de.tsv", [("geld", label) for label in rows])
     status, out, _ = script("data", "check", odd_folder)
-    assert status == 0 and "note: dev.de.tsv is not row-parallel with dev.en.tsv" in out
+    assert status == 0 and "note: dev.de is not row-parallel with dev.en" in out
 
 
 def test_check_counts_pairs_as_pairs(tmp_path, script):
     (tmp_path / "labels.txt").write_text("no\nyes\n")
-    header = "text_a\ttext_b\tlabel"
-    write_tsv(
-        tmp_path / "train.en.tsv", [("a", "b", "no"), ("a", "c", "no"), ("a", "b", "yes")], header
-    )
-    write_tsv(tmp_path / "test.en.tsv", [("a", "c", "no"), ("b", "a", "yes")], header)
-    status, out, _ = script("data", "check", tmp_path)
-    assert status == 0
-    assert cells(out) == {
+    train = [("a", "b", "no"), ("a", "c", "no"), ("a", "b", "yes")]
+    write_tsv(tmp_path / "train.en.tsv", train, "text_a\ttext_b\tlabel")
+    write_tsv(tmp_path / "test.en.tsv", [*train[1:2], ("b", "a", "yes")], "text_a\ttext_b\tlabel")
+    assert cells(script("data", "check", tmp_path)[1]) == {
         "train.en": ["3", "1", "33.3%", "66.7%", "1"],
         "test.en": ["2", "2", "50.0%", "50.0%", "0", "1"],
     }
+    for path in tmp_path.glob("*.tsv"):
+        path.unlink()
+    status, _, err = script("data", "check", tmp_path)
+    assert "has no train, dev or test file" in refusal(status, err)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda folder: (folder / "labels.txt").write_text("no\nno\n"),
-            "labels.txt: expected two or more different labels",
-        ),
-        (
-            lambda folder: (folder / "dev.en.tsv").write_text("text\tlabel\n"),
-            "dev.en.tsv holds a header and no rows",
-        ),
-        (
-            lambda folder: [path.unlink() for path in folder.glob("*.tsv")],
-            "has no train, dev or test file",
-        ),
-        (lambda folder: (folder / "labels.txt").unlink(), "is not a data set folder"),
-    ],
-)
-def test_check_refuses_a_broken_folder(odd_folder, script, change, message):
-    change(odd_folder)
-    assert message in refusal(script("data", "check", odd_folder))
-
-
-# --- tokens and batches ------------------------------------------------------------------------------------------
+# --- tokens and batches ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1308,105 +762,126 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-def with_template(model_folder, folder, single, pair, vocabulary=None):
-    """Save the toy tokenizer with another post-processor (none for None) to `folder`."""
-    name = Path(shutil.copytree(model_folder, folder)) / "tokenizer.json"
-    content = json.loads(name.read_text())
-    content["post_processor"] = single and json.loads(
-        processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        ).__getstate__()
-    )
-    content["model"]["vocab"] = vocabulary or content["model"]["vocab"]
-    name.write_text(json.dumps(content))
+def with_tokenizer(model_folder, folder, change):
+    """A copy of the toy model, its tokenizer.json (a dict) changed."""
+    path = Path(shutil.copytree(model_folder, folder)) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
     return folder
 
 
-FEW = {
-    "[PAD]": 0,
-    "[UNK]": 1,
-    "[CLS]": 2,
-    "[SEP]": 3,
-    "[MASK]": 4,
-    "z": 5,
-}  # a and b are [UNK], a special token, too
+def with_template(model_folder, folder, single, pair):
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=marks)
+    post = {"post_processor": json.loads(template.__getstate__())}
+    return with_tokenizer(model_folder, folder, lambda content: content.update(post))
 
 
 @pytest.mark.parametrize(
-    "single, pair, vocabulary, gives",
+    "single, pair, counts",
     [
-        (None, None, None, "['a', 'b'] for ['a', 'b']"),
-        (None, None, FEW, "['[UNK]', '[UNK]'] for ['a', 'b']"),
-        ("[CLS] $A", "[CLS] $A $B:1", None, "['[CLS]', 'a', 'b'] for ['a', 'b']"),
-        (
-            "$A [SEP]",
-            "$A [SEP] $B:1 [SEP]:1",
-            None,
-            "['a', '[SEP]', 'b', '[SEP]'] for ['a', 'b']",
-        ),  # as T5
-        (
-            "[CLS] $A [SEP]",
-            "[CLS] $A $B:1 [SEP]:1",
-            None,
-            "['[CLS]', 'a', 'b', '[SEP]'] for ['a', 'b']",
-        ),
-        (
-            "[CLS] $A [SEP]",
-            "[CLS] $A [SEP] $B:1",
-            None,
-            "['[CLS]', 'a', '[SEP]', 'b'] for ['a', 'b']",
-        ),
-        (
-            "[CLS] $A [SEP]",
-            "[CLS] $A $B:1 [SEP]:1",
-            FEW,
-            "['[CLS]', '[SEP]'] for ['', '']",
-        ),  # only the empty texts tell
+        ("$A", "$A $B:1", "0 special tokens around a text and 0"),
+        ("[CLS] $A", "[CLS] $A $B:1", "1 special tokens around a text and 1"),
+        ("$A [SEP]", "$A [SEP] $B:1 [SEP]:1", "1 special tokens around a text and 2"),  # as T5
+        ("[CLS] $A [SEP]", "[CLS] $A $B:1 [SEP]:1", "2 special tokens around a text and 2"),
     ],
 )
 def test_tokenizers_that_do_not_mark_texts_are_refused(
-    model_folder, tmp_path, single, pair, vocabulary, gives
+    model_folder, tmp_path, single, pair, counts
 ):
-    with pytest.raises(
-        UserError, match="does not put a special token before a text, between two and after"
-    ) as error:
-        data.load_tokenizer(
-            with_template(model_folder, tmp_path / "model", single, pair, vocabulary)
-        )
-    assert f"(it gives {gives})" in str(error.value) and "post_processor" in str(error.value)
+    with pytest.raises(UserError, match=f"{counts} around two, .* post_processor that does so"):
+        data.load_tokenizer(with_template(model_folder, tmp_path / "model", single, pair))
 
 
 def test_tokenizers_with_two_separators_are_taken(model_folder, tmp_path):
     folder = with_template(
         model_folder, tmp_path / "m", "[CLS] $A [SEP]", "[CLS] $A [SEP] [SEP] $B [SEP]"
     )  # as XLM-R
-    encoded = data.encode(
-        data.load_tokenizer(folder), data.Rows(["", "a", ""], ["", "", "b"], None)
-    )
-    assert encoded.lengths.tolist() == [4, 5, 5]
+    rows = data.Rows(["", "a", ""], ["", "", "b"])
+    assert data.encode(data.load_tokenizer(folder), rows).lengths.tolist() == [4, 5, 5]
+
+
+def test_a_cased_vocabulary_read_lower_cased_is_a_warning(model_folder, tmp_path, capsys):
+    def capitals(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary["Money"] = vocabulary.pop("money")
+
+    data.load_tokenizer(with_tokenizer(model_folder, tmp_path / "cased", capitals))
+    warning = capsys.readouterr().err
+    assert "puts texts into lower case, but its vocabulary has 1 words with a capital" in warning
+    assert 'as Money: for a cased model, put {"do_lower_case": false}' in warning
+
+    def capitals_kept(content):
+        capitals(content)
+        content["normalizer"]["lowercase"] = False
+
+    data.load_tokenizer(with_tokenizer(model_folder, tmp_path / "kept", capitals_kept))
+    data.load_tokenizer(model_folder)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tokenizer_that_cannot_be_had_is_named(model_folder, tmp_path):
-    (tmp_path / "empty").mkdir()
+    names = ("empty", "pointer", "sbert/0_Transformer", "models--acme--tiny/refs", "bare")
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 638468\n"
+    (tmp_path / "pointer" / "tokenizer.json").write_text(pointer)
+    for name in ("pointer", "sbert/0_Transformer", "bare"):
+        shutil.copy(Path(model_folder) / "config.json", tmp_path / name)
     for name, message in (
         (tmp_path / "nowhere", "nowhere: no such folder"),
-        ("./nowhere", "nowhere: no such folder"),
-        ("nowhere", "no tokenizer can be loaded from 'nowhere': "),
-        (tmp_path / "empty", f"no tokenizer can be loaded from '{tmp_path / 'empty'}': "),
+        (tmp_path / "empty", ": it has no config.json$"),
+        (tmp_path / "pointer", "tokenizer.json is a pointer of Git LFS, .* run `git lfs pull`"),
+        (tmp_path / "sbert", "it has no config.json, but 0_Transformer in it has one: give that"),
+        (tmp_path / "models--acme--tiny", "the hub's cache .* give the folder snapshots/COMMIT"),
+        (tmp_path / "bare", r"it has no vocabulary \(tokenizer.json or vocab.txt\)"),
+        (tmp_path / "bare" / "config.json", "it is a file: give the folder that holds it"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             data.load_tokenizer(name)
+        assert str(name) in str(error.value) and "sentencepiece" not in str(error.value)
+
+
+def unigram_tokenizer():
+    """As XLM-R's: its special tokens are word pieces, too."""
+    pieces = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    pieces += [("▁", -2.0)] + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/49"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    marks = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=marks
+    )
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("kind", ["word pieces", "unigram"])
+def test_a_texts_own_special_tokens_are_text(tokenizer, kind):
+    texts = ["the [SEP] my [PAD] now", "x [CLS][SEP]", "no [sep] here"]
+    if kind == "unigram":
+        tokenizer, texts = unigram_tokenizer(), ["the <s>49</s> x", "<pad>", "a </s></s>"]
+    rows = data.Rows(texts, texts[::-1])
+    before = tokenizer.backend_tokenizer.to_str()
+    encoded = data.encode(tokenizer, rows, max_length=99)
+    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    expected = tokenizer.num_special_tokens_to_add(pair=True)
+    for start, end in itertools.pairwise(encoded.starts):
+        assert sum(int(token) in marks for token in encoded.ids[start:end]) == expected
+    pieces = "".join(tokenizer.convert_ids_to_tokens(encoded.ids[: encoded.starts[1]]))
+    assert ("49" if kind == "unigram" else "s##e##p") in pieces
+    assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def some_rows(pairs):
     pick = np.random.default_rng(2)
     words = "money refund geld 钱 退款 猫 x. the".split()
-    texts = [
-        [" ".join(pick.choice(words, pick.integers(0, 9))) for _ in range(11)] for _ in range(2)
-    ]
-    return data.Rows(
-        texts[0], texts[1] if pairs else None, [int(i) for i in pick.integers(3, size=11)]
-    )
+    texts = []
+    for _ in range(22):
+        texts.append(" ".join(pick.choice(words, pick.integers(0, 9))))
+    labels = [int(i) for i in pick.integers(3, size=11)]
+    return data.Rows(texts[:11], texts[11:] if pairs else None, labels)
 
 
 @pytest.mark.parametrize("pairs", [True, False])
@@ -1416,16 +891,11 @@ def test_encode_and_collate_equal_the_tokenizer(tokenizer, pairs, chunk):
     encoded = data.encode(tokenizer, rows, max_length=10, chunk=chunk)
     each = []  # in lists of one: a bare empty second text would be taken for no second text
     for a, b in zip(rows.text_a, rows.text_b or [None] * 11):
-        tokens = tokenizer(
-            [a], None if b is None else [b], truncation="longest_first", max_length=10
-        )
+        second = None if b is None else [b]
+        tokens = tokenizer([a], second, truncation="longest_first", max_length=10)
         each.append({name: values[0] for name, values in tokens.items()})
-    assert (
-        max(len(row["input_ids"]) for row in each)
-        == 10
-        > min(len(row["input_ids"]) for row in each)
-    )
-    assert encoded.lengths.tolist() == [len(row["input_ids"]) for row in each]
+    lengths = [len(row["input_ids"]) for row in each]
+    assert max(lengths) == 10 > min(lengths) and encoded.lengths.tolist() == lengths
     assert encoded.labels.tolist() == rows.labels
     for i, row in enumerate(each):
         assert encoded.ids[encoded.starts[i] : encoded.starts[i + 1]].tolist() == row["input_ids"]
@@ -1438,202 +908,102 @@ def test_encode_and_collate_equal_the_tokenizer(tokenizer, pairs, chunk):
 
 
 def test_encode_without_labels_and_with_many_unknown_tokens(tokenizer, capsys):
-    encoded = data.encode(tokenizer, data.Rows(["猫", "money the"], None, None))
+    encoded = data.encode(tokenizer, data.Rows(["猫", "money the"]))
     assert encoded.labels.tolist() == [-1, -1]
-    assert (
-        capsys.readouterr().err == "warning: 14% of the tokens are unknown to the tokenizer\n"
-    )  # 1 of 3 + 4
+    warning = "warning: 14% of the tokens are unknown to the tokenizer\n"  # 1 of 3 + 4
+    assert capsys.readouterr().err == warning
     data.encode(tokenizer, data.Rows(["money the"], None, [0]))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     "length, limit, width",
-    [(3, None, 8), (8, 64, 8), (9, 64, 16), (61, 63, 63), (63, 63, 63), (7, 7, 7)],
+    [(3, None, 8), (8, 64, 8), (9, 64, 16), (61, 63, 63), (63, 63, 63), (7, 7, 7), (9, 7, 9)],
 )
 def test_collate_rounds_up_to_eight_or_the_limit(length, limit, width):
-    encoded = data.Encoded(
-        np.arange(length + 2, dtype=np.int32),
-        np.array([0, 2, length + 2]),
-        np.array([2, length]),
-        np.array([0, 1]),
-    )
+    ids, starts = np.arange(length + 2, dtype=np.int32), np.array([0, 2, length + 2])
+    encoded = data.Encoded(ids, starts, np.array([2, length]), np.array([0, 1]))
     batch = data.collate(encoded, np.array([0, 1]), pad_id=99, limit=limit)
     assert batch["input_ids"].shape == (2, width)
-    assert (
-        (batch["input_ids"] == 99).sum()
-        == 2 * width - length - 2
-        == (batch["attention_mask"] == 0).sum()
-    )
+    padding = 2 * width - length - 2
+    assert (batch["input_ids"] == 99).sum() == padding == (batch["attention_mask"] == 0).sum()
 
 
 @pytest.mark.parametrize("rows, size", [(131, 13), (130, 13), (5, 13), (1, 1)])
 def test_batches_hold_every_row_once_and_follow_seed_and_epoch(rows, size):
     lengths = np.random.default_rng(4).integers(3, 60, size=rows)
 
-    def plain(batches):
-        return [batch.tolist() for batch in batches]
+    def train(seed, epoch):
+        return [batch.tolist() for batch in data.train_batches(lengths, size, seed, epoch)]
 
-    first = plain(data.train_batches(lengths, size, seed=1, epoch=0))
-    for batches in (first, plain(data.sorted_batches(lengths, size))):
-        assert sorted(sum(batches, [])) == list(range(rows))
-    assert (
-        sorted(map(len, first))[1:] == [size] * (rows // size - (rows % size == 0))
-        and max(map(len, first)) <= size
-    )
-    widths = [-(-max(lengths[batch]) // 8) * 8 for batch in batches]
-    assert all(
-        len(batch) == max(1, size * 24 // width) for batch, width in zip(batches[:-1], widths)
-    )  # 24 tokens a row
-    assert plain(data.train_batches(lengths, size, seed=1, epoch=0)) == first
+    first, batches = train(1, 0), data.sorted_batches(lengths, size)
+    for each in (first, batches):
+        assert sorted(np.concatenate(each)) == list(range(rows))
+    short = rows % size or min(size, rows)
+    assert sorted(map(len, first)) == [short] + [size] * (len(first) - 1)
+    for batch in batches[:-1]:  # 24 tokens a row
+        assert len(batch) == max(1, size * 24 // (-(-max(lengths[batch]) // 8) * 8))
+    assert train(1, 0) == first
     if rows > size:
-        others = [
-            plain(data.train_batches(lengths, size, seed, epoch))
-            for seed, epoch in ((1, 1), (2, 0), (0, 1))
-        ]
-        assert all(a != b for a, b in itertools.combinations([first, *others], 2))
+        others = [first, train(1, 1), train(2, 0), train(0, 1)]
+        assert all(a != b for a, b in itertools.combinations(others, 2))
         longest = [max(lengths[batch]) for batch in first]
-        assert longest != sorted(longest) and longest != sorted(
-            longest, reverse=True
-        )  # batches come in random order
+        assert longest not in (sorted(longest), sorted(longest)[::-1])  # batches in random order
 
 
 def test_batches_mix_lengths_no_more_than_they_must():
     """A batch holds rows of one rounded length, but where the rows of that length run out."""
     lengths = np.random.default_rng(4).integers(3, 60, size=500)
-    buckets = [
-        set(-(-lengths[batch] // 8)) for batch in data.train_batches(lengths, 13, seed=0, epoch=0)
-    ]
-    assert sum(len(bucket) - 1 for bucket in buckets) <= len(set(-(-lengths // 8))) - 1
+    mixed = 0
+    for batch in data.train_batches(lengths, 13, seed=0, epoch=0):
+        mixed += len(set(-(-lengths[batch] // 8))) - 1
+    assert mixed <= len(set(-(-lengths // 8))) - 1
     widths = np.concatenate([lengths[batch] for batch in data.sorted_batches(lengths, 13)])
     assert widths.tolist() == sorted(lengths, reverse=True)
     batches = data.sorted_batches(lengths, 13, window=200)
-    assert [sorted(set(row // 200 for row in batch)) for batch in batches] == sorted(
-        [row // 200] for row, *_ in batches
-    )
+    windows = [sorted(set(batch // 200)) for batch in batches]
+    assert windows == sorted(windows) and {len(window) for window in windows} == {1}
     assert sorted(np.concatenate(batches)) == list(range(500)) and lengths[batches[0]].min() > 50
 
 
-# --- the real archives -------------------------------------------------------------------------------------------
+# --- the real archives ----------------------------------------------------------------------------
 
-LANGUAGES = "en zh es de ar ur fr".split()
+LANGUAGES = ["en", "zh", "es", "de", "ar", "ur", "fr"]
 needs_archives = pytest.mark.skipif(
     not (SHARED / "XNLI-1.0.zip").is_file(), reason="the real archives are not in shared/data"
 )
 
 
-@pytest.fixture(scope="module")
-def real_xnli(tmp_path_factory):
-    out = tmp_path_factory.mktemp("real") / "xnli"
-    data.main(
-        [
-            "xnli",
-            "--archives",
-            str(SHARED),
-            "--out",
-            str(out),
-            "--languages",
-            *LANGUAGES,
-            "--train-languages",
-            "en",
-            "de",
-            "es",
-            "fr",
-            "zh",
-        ]
-    )
-    return out
-
-
 @needs_archives
-def test_real_xnli(real_xnli):
-    rows = {path.name: read_plain(path)[1:] for path in real_xnli.glob("*.tsv")}
-    counts = {
-        "train.en.tsv": 52_110,
-        **{f"train.{language}.tsv": 9_000 for language in ("de", "es", "fr", "zh")},
-    }
+def test_real_xnli(convert):
+    flags = f"--languages {' '.join(LANGUAGES)} --train-languages en de"
+    folder = convert("xnli", flags, ("--archives", SHARED))
+    rows = {path.name: read_plain(path)[1:] for path in folder.glob("*.tsv")}
+    counts = {"train.en.tsv": 52_110, "train.de.tsv": 9_000}
     for language in LANGUAGES:
         counts |= {f"dev.{language}.tsv": 2_490, f"test.{language}.tsv": 5_010}
-    assert {name: len(found) for name, found in rows.items()} == counts
-    with zipfile.ZipFile(SHARED / "XNLI-1.0.zip") as opened:
-        lines = io.TextIOWrapper(opened.open(DEV), encoding="utf-8", newline="")
+    assert {name: len(lines) for name, lines in rows.items()} == counts
+    with zipfile.ZipFile(SHARED / "XNLI-1.0.zip") as archive:
+        lines = io.TextIOWrapper(archive.open(DEV), encoding="utf-8", newline="")
         source = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    expected = {language: [] for language in LANGUAGES}
+    for row in source:
+        cells = [row["sentence1"], row["sentence2"], row["gold_label"]]
+        expected.get(row["language"], []).append(cells)
     for language in LANGUAGES:
-        assert rows[f"dev.{language}.tsv"] == [
-            [row["sentence1"], row["sentence2"], row["gold_label"]]
-            for row in source
-            if row["language"] == language
-        ]
-        assert Counter(row[-1] for row in rows[f"test.{language}.tsv"]) == dict.fromkeys(
-            archives.XNLI_LABELS, 1_670
-        )
-    assert {row[-1] for row in rows["train.en.tsv"]} == set(archives.XNLI_LABELS)
+        assert rows[f"dev.{language}.tsv"] == expected[language]
 
 
 @needs_archives
-def test_real_massive(tmp_path, script):
-    status, _, err = script(
-        "data",
-        "massive",
-        "--archives",
-        SHARED,
-        "--out",
-        tmp_path / "all",
-        "--languages",
-        *LANGUAGES,
-        "--intents",
-        0,
-    )
-    assert status == 0 and err == ""
-    counts = {path.name: len(read_plain(path)) - 1 for path in (tmp_path / "all").glob("*.tsv")}
-    expected = {
-        f"{split}.{language}.tsv": rows
-        for split, rows in (("dev", 2_033), ("test", 2_974))
-        for language in LANGUAGES
-    }
-    assert counts == {"train.en.tsv": 11_514, **expected}
-    assert len((tmp_path / "all" / "labels.txt").read_text().split()) == 60
-
-    assert (
-        script(
-            "data",
-            "massive",
-            "--archives",
-            SHARED,
-            "--out",
-            tmp_path / "four",
-            "--languages",
-            "en",
-            "ur",
-            "--balance",
-        )[0]
-        == 0
-    )
-    with tarfile.open(SHARED / "amazon-massive-dataset-1.0.tar.gz") as opened:
-        records = [json.loads(line) for line in opened.extractfile("1.0/data/en-US.jsonl")]
-    intents = Counter(row["intent"] for row in records if row["partition"] == "train").most_common(
-        4
-    )
-    train = Counter(label for _, label in read_plain(tmp_path / "four" / "train.en.tsv")[1:])
-    assert train == {intent: intents[0][1] for intent, _ in intents}
-    test = Counter(row["intent"] for row in records if row["partition"] == "test")
-    for language in ("en", "ur"):
-        rows = read_plain(tmp_path / "four" / f"test.{language}.tsv")[1:]
-        assert Counter(label for _, label in rows) == {
-            intent: test[intent] for intent, _ in intents
-        }
-
-
-@needs_archives
-def test_padding_stays_under_a_tenth_on_multinli(real_xnli):
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "bert-base-multilingual-uncased")
-    rows = data.take(data.read_split(real_xnli, "train", "en", archives.XNLI_LABELS), 20_000)
-    encoded = data.encode(tokenizer, rows)
-    tokens = 0
-    for batch in data.train_batches(encoded.lengths, 32, seed=0, epoch=1):
-        width = data.collate(encoded, batch, tokenizer.pad_token_id, limit=128)["input_ids"].shape[
-            1
-        ]
-        assert width % 8 == 0
-        tokens += width * len(batch)
-    assert 0 < 1 - len(encoded.ids) / tokens < 0.1
+def test_real_massive(convert):
+    shared = ("--archives", SHARED)
+    every = convert("massive", f"--languages {' '.join(LANGUAGES)} --intents 0", shared, "all")
+    expected = {"train.en.tsv": 11_514}
+    for language in LANGUAGES:
+        expected |= {f"dev.{language}.tsv": 2_033, f"test.{language}.tsv": 2_974}
+    assert {path.name: len(read_plain(path)) - 1 for path in every.glob("*.tsv")} == expected
+    assert len((every / "labels.txt").read_text().split()) == 60
+    with tarfile.open(SHARED / "amazon-massive-dataset-1.0.tar.gz") as archive:
+        records = [json.loads(line) for line in archive.extractfile("1.0/data/ur-PK.jsonl")]
+    test = [[row["utt"], row["intent"]] for row in records if row["partition"] == "test"]
+    assert read_plain(every / "test.ur.tsv")[1:] == test

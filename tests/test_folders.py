@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lib import devices, folders, hub, messages, scores, tables
+from lib import devices, folders, hub, messages, tables
 
 FULL = OSError(28, "No space left on device")
 
@@ -417,42 +416,6 @@ def test_arrays_are_mapped_when_they_are_whole(content, shape, message, mode, tm
         folders.load_array(path, shape, remedy="do it again", mode=mode)
 
 
-def rows_of(dev, source="en"):
-    """Rows of metrics.jsonl: {language: accuracy after each epoch}."""
-    return [
-        {"epoch": epoch, "split": "dev", "language": language, "accuracy": accuracies[epoch - 1]}
-        for epoch in range(1, 1 + len(dev[source]))
-        for language, accuracies in dev.items()
-    ]
-
-
-@pytest.mark.parametrize(
-    "source, expected",
-    [
-        ("en", {"en": 2, "de": 1, "zh": 3, "joint": 3}),  # joint by hand: .55 .35 .6
-        ("de", {"en": 2, "de": 1, "zh": 3, "joint": 2}),
-    ],
-)  # .35 .7 .65: the others are all but the source
-def test_the_best_epoch_by_each_protocol(source, expected):
-    rows = rows_of({"en": [0.3, 0.9, 0.6], "de": [0.7, 0.2, 0.5], "zh": [0.4, 0.5, 0.7]})
-    assert scores.best_epochs(rows, source) == expected
-    half = [
-        {"epoch": 2.5, "split": "dev", "language": "en", "accuracy": 1.0},
-        {"epoch": 3, "split": "train", "language": "", "accuracy": 1.0},
-    ]  # no model is saved in the midst of an epoch
-    assert scores.best_epochs(rows + half, source) == expected
-
-
-def test_ties_go_to_the_earlier_epoch_and_sets_that_were_not_always_there_are_left_out():
-    rows = rows_of({"en": [0.5, 0.5, 0.4], "de": [0.1, 0.3, 0.3]})
-    assert scores.best_epochs(rows, "en") == {"en": 1, "de": 2, "joint": 2}
-    assert scores.best_epochs(rows[:-1], "en") == {"en": 1}
-    tested = [
-        {**row, "split": "test"} for row in rows_of({"en": [0.9, 0.1, 0.1], "de": [0.1, 0.2, 0.3]})
-    ]
-    assert scores.best_epochs(rows + tested, "en") == {"en": 1, "de": 2, "joint": 2, "test": 3}
-
-
 @pytest.mark.parametrize(
     "name, folder",
     [
@@ -501,15 +464,6 @@ def test_a_markdown_table_is_aligned_and_its_bars_are_escaped():
         "|------|-----|",
         "| x\\|y | 1.5 |",
         "| z    |  20 |",
-    ]
-
-
-def test_spread_is_that_of_a_sample():
-    assert scores.spread([1.0, 2.0, 6.0]) == pytest.approx(statistics.stdev([1, 2, 6]))
-    assert scores.spread([5.0]) == 0 and scores.spread(np.ones((2, 3)), axis=0).tolist() == [
-        0,
-        0,
-        0,
     ]
 
 

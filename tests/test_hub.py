@@ -197,10 +197,10 @@ def test_a_cache_that_another_program_filled_serves_offline(
     "name, environment, words",
     [
         ("acme/none", {}, "neither a folder here nor a model of the hub"),
-        ("acme/gated", {}, "is gated: accept its terms"),
-        ("acme/broken", {}, "the download of 'acme/broken' broke off"),
-        ("acme/empty", {}, "lacks a file"),
-        ("acme/unseen", {"HF_HUB_OFFLINE": "1"}, "is not in the hub's cache"),
+        ("acme/gated", {}, "gated: accept its terms"),
+        ("acme/broken", {}, "the download broke off"),
+        ("acme/empty", {}, "it lacks config.json or safetensors"),
+        ("acme/unseen", {"HF_HUB_OFFLINE": "1"}, "not in the hub's cache"),
         ("acme//tiny", {}, "no name that a model of the hub can have"),
     ],
 )

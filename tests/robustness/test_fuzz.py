@@ -374,7 +374,7 @@ def test_a_users_own_text(draw, world, model_folder):
 @cases(40)
 @given(draw=st.data())
 def test_searches_and_their_parts(draw, world):
-    name = draw.draw(st.sampled_from(["best.json", "results.csv", "parts/max.0.001.0.npz"]))
+    name = draw.draw(st.sampled_from(["best.json", "results.csv"]))
     path = world / "grid" / name
     with swapped(
         path,
@@ -388,7 +388,6 @@ def test_searches_and_their_parts(draw, world):
                     ["--model", "m", "--data", "d", "--out", "o", "--layers-from", str(path)]
                 ),
                 "results.csv": lambda: folders.read_grid(world / "grid"),
-                "parts/max.0.001.0.npz": lambda: grid_search.load_part(path, (3, 3, 4, 4)),
             }[name]
         )
 
