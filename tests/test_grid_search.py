@@ -478,6 +478,16 @@ def test_confusion_files_hold_the_chosen_models_counts(grid, features):
         assert np.array_equal(np.array([line[1:] for line in lines], int), expected)
 
 
+def test_a_confusion_files_rows_are_the_true_classes(tmp_path):
+    logits, labels = torch.randn(2, 29, 3), torch.randint(3, (29,))
+    grid_search.write_confusion(tmp_path / "x.csv", logits, labels, ["a", "b,", '"'])
+    with open(tmp_path / "x.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header[1:] == ["a", "b,", '"'] == [line[0] for line in lines]
+    expected = sum(confusion_matrix(labels, guess) for guess in logits.argmax(2))
+    assert np.array_equal(np.array([line[1:] for line in lines], int), expected)
+
+
 def test_one_more_hidden_layer_one_pooling_and_layer_0(run, tmp_path):
     code, out, _ = run("--hidden", 3, "--poolings", "cls", "--lr", 0.1, "--layers", 5, 0)
     assert code == 0 and "6 models (3 combinations x 1 poolings x 1 learning rates x 2 seeds" in out
