@@ -1,7 +1,9 @@
-"""What the tests share: a tiny encoder with a vocabulary of its own, a small data set, and a way to run a script."""
+"""What the tests share: a tiny encoder with a vocabulary of its own, a small data set, and a way to
+run a script."""
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,44 +15,32 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from lib import messages
 
-torch.set_num_threads(
-    1
-)  # models this small gain nothing from more; the tests have two processes instead
+torch.set_num_threads(1)  # models this small gain nothing from more
 
 STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 SHARED = ROOT.parent / "shared" / "data"
-WORDS = {  # a toy world: the same twelve words in three languages, four of them decide the label
+WORDS = {  # a toy world: the same twelve words in three languages, the first eight decide the label
     "en": "money refund agent person parcel late cancel order please my the now".split(),
-    "de": "geld erstattung berater mensch paket spaet kuendigen bestellung bitte mein das jetzt".split(),
+    "de": "geld erstattung berater mensch paket spaet kuendigen bestellung bitte mein das "
+    "jetzt".split(),
     "zh": "钱 退款 客服 人 包裹 迟 取消 订单 请 我的 这 现在".split(),
 }
+LABELS = ["refund", "agent", "delivery", "cancel"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\""
 
 
 def make_tokenizer(folder):
-    """A fast WordPiece tokenizer of the toy words and of single letters, saved to a folder."""
+    """Save a fast WordPiece tokenizer of the toy words and of single letters. Returns its size."""
     words = [word for language in WORDS.values() for word in language]
-    letters = sorted(
-        {letter for word in words for letter in word}
-        | set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"")
-    )
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list(
-        dict.fromkeys(words + letters + ["##" + l for l in letters])
-    )
-    tokenizer = Tokenizer(
-        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
-    )
+    letters = sorted(set("".join(words) + LETTERS))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces += dict.fromkeys(words + letters + [f"##{letter}" for letter in letters])
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -58,58 +48,34 @@ def make_tokenizer(folder):
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    fast = PreTrainedTokenizerFast(
+    special = {
+        f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")
+    }
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-    fast.save_pretrained(folder)
+        **special,
+    ).save_pretrained(folder)
     return len(pieces)
 
 
 def make_model(folder, family="bert", blocks=5, seed=0, **more):
-    """Save an encoder with random weights and its tokenizer: 5 blocks, hidden size 36, 3 heads. Returns the folder."""
-    size = make_tokenizer(folder)
-    torch.manual_seed(seed)
+    """Save an encoder with random weights and its tokenizer: 5 blocks, hidden size 36, 3 heads.
+    Returns the folder."""
+    sizes = dict(num_attention_heads=3, intermediate_size=52, max_position_embeddings=64)
     if family == "distilbert":
-        model = DistilBertModel(
-            DistilBertConfig(
-                vocab_size=size,
-                dim=36,
-                n_layers=blocks,
-                n_heads=3,
-                hidden_dim=52,
-                max_position_embeddings=64,
-                **more,
-            )
-        )
-    else:
-        config, kind = {
-            "bert": (BertConfig, BertModel),
-            "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel),
-        }[family]
-        positions = {"bert": 64, "xlm-roberta": 66}[family]
-        extra = {"xlm-roberta": {"type_vocab_size": 1, "pad_token_id": 0}}.get(family, {})
-        model = kind(
-            config(
-                vocab_size=size,
-                hidden_size=36,
-                num_hidden_layers=blocks,
-                num_attention_heads=3,
-                intermediate_size=52,
-                **{"max_position_embeddings": positions, **extra, **more},
-            )
-        )
-    model.save_pretrained(folder)
+        sizes = dict(n_heads=3, hidden_dim=52, max_position_embeddings=64)
+    if family == "xlm-roberta":
+        sizes |= dict(max_position_embeddings=66, type_vocab_size=1, pad_token_id=0)
+    sizes |= dict(vocab_size=make_tokenizer(folder), hidden_size=36, num_hidden_layers=blocks)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**sizes, **more})
+    AutoModel.from_config(config).save_pretrained(folder)
     return str(folder)
 
 
 def toy_rows(language, count, seed):
-    """`count` (text, class) rows: 3 to 9 toy words, of which one of the first four pairs decides the class of 4."""
+    """(text, class) rows of 3 to 9 toy words; one of the first four pairs decides the class."""
     random, rows = np.random.default_rng(seed), []
     for _ in range(count):
         label = int(random.integers(4))
@@ -120,19 +86,22 @@ def toy_rows(language, count, seed):
 
 
 def make_data(folder, train=60, dev=13, test=17, languages=("en", "de", "zh")):
-    """Write a toy data set folder with four labels, row-parallel in dev and test. Returns the folder."""
+    """Write a toy data set folder, row-parallel in dev and test. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    labels = ["refund", "agent", "delivery", "cancel"]
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
     for seed, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
         for language in languages if split != "train" else ("en",):
-            lines = [
-                f"{text}\t{labels[label]}\n" for text, label in toy_rows(language, count, seed)
-            ]
-            (folder / f"{split}.{language}.tsv").write_text(
-                "text\tlabel\n" + "".join(lines), encoding="utf-8"
-            )
+            lines = ["text\tlabel\n"]
+            for text, label in toy_rows(language, count, seed):
+                lines.append(f"{text}\t{LABELS[label]}\n")
+            (folder / f"{split}.{language}.tsv").write_text("".join(lines), encoding="utf-8")
     return str(folder)
+
+
+def table(path):
+    """The cells of a .tsv file, row by row, without its header."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines[1:]]
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +122,9 @@ def data_folder(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script("train", "--flag", value, ...) runs a script in this process as a user would: (exit status, stdout, stderr)."""
+    """script("train", "--flag", value, ...) runs a script in this process as a user would:
+    (exit status, stdout, stderr)."""
+    before = signal.getsignal(signal.SIGTERM)
 
     def run(name, *arguments):
         module = importlib.import_module(name)
@@ -164,4 +135,5 @@ def script(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return stop.value.code or 0, out, err
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, before)

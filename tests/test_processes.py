@@ -8,68 +8,102 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_data, make_model
+from conftest import ROOT, STILL, make_data, make_model
 from safetensors.torch import load_file
 
 DRIVER = """
-import os, shlex, signal, sys
+import json, os, shlex, signal, sys
 sys.path.insert(0, {root!r})
 import extract, grid_search, train
 from lib import messages
-train.LOG_STEPS = 1
+train.LOG_STEPS = 4
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rate, forward = train.learning_rate, train.Classifier.forward
+
+def sent(number, step, group):
+    left = [step]
+    def learning_rate(*arguments):
+        left[0] -= 1
+        if left[0] == 0 and (group or rank == world - 1):
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return rate(*arguments)
+    return learning_rate
+
+def stop(step, who, *arguments):
+    # the last process, or (group) each, gets a SIGTERM during a step, twice
+    train.learning_rate = sent(signal.SIGTERM, int(step), who == "group")
+    assert train.main(arguments) == 143
+    train.learning_rate = rate
+
+def kill(step, *arguments):
+    train.learning_rate = sent(signal.SIGKILL, int(step), False)
+    train.main(arguments)
+
+def note(path, *arguments):
+    # the logits of each step in training
+    seen = []
+    def noted(model, batch):
+        logits = forward(model, batch)
+        if model.training:
+            seen.append(logits.tolist())
+        return logits
+    train.Classifier.forward = noted
+    train.main(arguments)
+    train.Classifier.forward = forward
+    with open(path + "." + str(rank), "w") as file:
+        json.dump(seen, file)
+
+COMMANDS = dict(extract=extract.main, grid_search=grid_search.main, train=train.main)
+COMMANDS |= dict(stop=stop, kill=kill, note=note)
 def main():
     for line in open(sys.argv[1]):
         name, *arguments = shlex.split(line)
         print("$", line.strip(), flush=True)
-        if name == "stop":  # train.py until a process, the last or (group) each, gets a SIGTERM during a step, twice
-            rate, left, group = train.learning_rate, [int(arguments.pop(0))], arguments.pop(0) == "group"
-            def stopped(*a):
-                left[0] -= 1
-                last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-                if left[0] == 0 and (group or last):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return rate(*a)
-            train.learning_rate = stopped
-            assert train.main(arguments) == 143
-            train.learning_rate = rate
-            continue
-        {{"extract": extract, "grid_search": grid_search, "train": train}}[name].main(arguments)
+        if name in ("stop", "kill", "note"):
+            COMMANDS[name](*arguments)
+        else:
+            COMMANDS[name](arguments)
 messages.cli(main)
 """
 
 
-def commands(model, data, out):
+def commands(model, data, same, out):
+    """What each of the two gets: (before the kill, after it)."""
     source = f"--model {model} --data {data} --max-length 32 --precision fp32"
     tuned = f"{source} --dropout 0 --batch-size 13 --lr 1e-3"
     frozen = "--layers 2 4 --freeze-layers 0 3 --freeze-epoch 1 --epochs 3 --eval-steps 1"
-    pooler = "--head pooler --epochs 2 --accumulate 3"
+    pooler = f"{tuned} --head pooler --epochs 3 --accumulate 3"
+    alike = f"train --model {model} --data {same} --max-length 32 --layers 2 --batch-size 2"
+    alike = f"{alike} --epochs 1 --lr 1e-9 --precision fp32".replace("train", "note {path}", 1)
     search = "--layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32 --lr 1e-3"
-    return f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
+    first = f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
 grid_search --features {out}/features --out {out}/grid {search}
 train {tuned} --out {out}/wf {frozen}
 stop 14 group {tuned} --out {out}/wf-stopped {frozen}
 train {tuned} --out {out}/wf-stopped {frozen}
-train {tuned} --out {out}/pooler {pooler}
-stop 9 one {tuned} --out {out}/pooler-stopped {pooler}
-stop 1 one {tuned} --out {out}/pooler-stopped {pooler}
-train {tuned} --out {out}/pooler-stopped {pooler}
+train {pooler} --out {out}/pooler
+stop 7 one {pooler} --out {out}/pooler-stopped
+stop 1 one {pooler} --out {out}/pooler-stopped
+train {pooler} --out {out}/pooler-stopped
+{alike.format(path=f"{out}/still")} --out {out}/alike-still --dropout 0
+{alike.format(path=f"{out}/drawn")} --out {out}/alike-drawn --dropout 0.5
+kill 9 {pooler} --out {out}/pooler-killed --save-steps 2
 """
+    return first, f"train {pooler} --out {out}/pooler-killed --save-steps 2\n"
 
 
 def torchrun(lines, folder, processes):
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     (folder / "commands").write_text(lines)
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes > 1
-        else []
-    )
+    launch = []
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -78,17 +112,28 @@ def torchrun(lines, folder, processes):
 def both(tmp_path_factory):
     """The folders that one process and two made from the same commands, and what two printed."""
     folder = tmp_path_factory.mktemp("processes")
-    model = make_model(folder / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    data = make_data(
-        folder / "data", train=66
-    )  # the last batch of an epoch has one row: one process has none
-    made = {}
+    model = make_model(folder / "model", **STILL)
+    # the last batch of an epoch has one row: one process has none
+    data = make_data(folder / "data", train=66)
+    same = make_data(folder / "same", dev=3)
+    (folder / "same/train.en.tsv").write_text("text\tlabel\n" + "my late money\trefund\n" * 8)
+    outs = []
     for processes in (1, 2):
-        made[processes] = folder / str(processes)
-        made[processes].mkdir()
-        result = torchrun(commands(model, data, made[processes]), made[processes], processes)
-        assert result.returncode == 0, result.stderr[-3000:]
-    return made[1], made[2], result.stdout, model, data
+        outs.append(folder / str(processes))
+        outs[-1].mkdir()
+        first, after = commands(model, data, same, outs[-1])
+        begun = torchrun(first, outs[-1], processes)
+        assert begun.returncode != 0 and "$ kill" in begun.stdout, begun.stderr[-3000:]
+        ended = torchrun(after, outs[-1], processes)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    return *outs, begun.stdout + ended.stdout, f"--model {model} --data {data}".split()
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["examples_per_second"]
+    return rows
 
 
 def test_features_are_the_same(both):
@@ -97,10 +142,8 @@ def test_features_are_the_same(both):
     assert names == sorted(path.name for path in two.glob("*.npy")) and len(names) == 7 * 4
     for name in names:
         np.testing.assert_allclose(np.load(one / name), np.load(two / name), atol=1e-5)
-    assert (
-        not list(two.rglob(".*.tmp"))
-        and json.loads((two / "manifest.json").read_text())["complete"]
-    )
+    assert not list(two.rglob(".*.tmp"))
+    assert json.loads((two / "manifest.json").read_text())["complete"]
 
 
 def test_the_search_gives_the_same_results(both):
@@ -113,68 +156,51 @@ def test_the_search_gives_the_same_results(both):
 
 @pytest.mark.parametrize("name", ["wf", "pooler"])
 def test_training_gives_the_same_losses_and_weights(both, name):
-    metrics = [
-        [json.loads(line) for line in open(out / name / "metrics.jsonl")] for out in both[:2]
-    ]
-    assert len(metrics[0]) == len(metrics[1])
-    for a, b in zip(*metrics):
-        assert {k: v for k, v in a.items() if k not in ("loss", "examples_per_second")} == {
-            k: v for k, v in b.items() if k not in ("loss", "examples_per_second")
-        }
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
-    if name == "wf":
-        assert len({row["step"] for row in metrics[0]}) == 18 and metrics[0][-1][
-            "frozen_layers"
-        ] == [0, 3]
-    last = max(path.name for path in (both[0] / name / "epochs").iterdir() if path.name != "mean")
-    for epoch in (last, "mean"):
-        one, two = (
-            load_file(out / name / "epochs" / epoch / "model.safetensors") for out in both[:2]
-        )
+    one, two = (rows_of(out / name) for out in both[:2])
+    assert len({row["step"] for row in one}) == {"wf": 18, "pooler": 3}[name]
+    assert one[-1]["frozen_layers"] == {"wf": [0, 3], "pooler": []}[name]
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("loss") == pytest.approx(b.pop("loss"), abs=2e-5)
+        assert a == b
+    for epoch in ("3", "mean"):
+        files = [out / name / "epochs" / epoch / "model.safetensors" for out in both[:2]]
+        one, two = map(load_file, files)
         for key in one:
             np.testing.assert_allclose(one[key], two[key], atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name, steps", [("wf", 18), ("pooler", 12)])
+@pytest.mark.parametrize("name", ["wf-stopped", "pooler-stopped", "pooler-killed"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stopped_by_a_signal_and_started_again_is_as_never_stopped(both, processes, name, steps):
-    """By one SIGTERM and a second at its heels, in one process or in each."""
-    runs = [both[processes - 1] / name, both[processes - 1] / f"{name}-stopped"]
-    whole, stopped = (
-        [
-            {k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-            for line in open(run / "metrics.jsonl")
-        ]
-        for run in runs
-    )
-    assert whole == stopped and whole[-1]["step"] == steps
-    for epoch in (steps // 6, "mean"):
-        one, two = (load_file(run / f"epochs/{epoch}/model.safetensors") for run in runs)
+def test_stopped_and_started_again_is_as_never_stopped(both, processes, name):
+    """By one SIGTERM and a second at its heels, in one process or in each; by SIGKILL in one."""
+    runs = both[processes - 1] / name.partition("-")[0], both[processes - 1] / name
+    whole, stopped = map(rows_of, runs)
+    assert whole == stopped and whole[-1]["step"] == 18
+    for epoch in ("3", "mean"):
+        one, two = (load_file(run / "epochs" / epoch / "model.safetensors") for run in runs)
         assert all(np.array_equal(one[key], two[key]) for key in one)
 
 
-def test_only_one_process_speaks(both):
+def test_processes_draw_different_dropout_for_the_same_row(both):
+    first, second = (json.loads((both[1] / f"still.{rank}").read_text()) for rank in (0, 1))
+    assert first == second and len(first) == 4  # the processes have the same rows and weights
+    first, second = (json.loads((both[1] / f"drawn.{rank}").read_text()) for rank in (0, 1))
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_only_one_process_speaks_and_all_stop_at_the_next_sum(both):
     text = both[2]
-    assert (
-        text.count("2 processes on cpu, float32 products (as asked)") == 7
-        and text.count(": done") == 5
-    )
-    assert "stopped by SIGTERM after step 9" in text and "going on after step 10" in text
-    assert (
-        text.count("stopped by")
-        == 3
-        == text.count("to go on:\ntorchrun --nproc-per-node 2 train.py")
-    )
+    assert text.count("2 processes on cpu, float32 products (as asked)") == 11
+    assert text.count(": done") == 7
+    stops = [line.split(",")[0] for line in text.splitlines() if line.startswith("stopped by")]
+    assert stops == [f"stopped by SIGTERM after step {step}" for step in (14, 8, 12)]
+    assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 3
+    starts = [line for line in text.splitlines() if line.startswith("going on")]
+    assert starts == [f"going on after step {step}" for step in (14, 8, 12, 8)]
 
 
-def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both):
-    one, two, _, model, data = both
-    lines = [line for line in commands(model, data, two).splitlines() if line.startswith("train")][
-        :1
-    ]
-    result = torchrun("\n".join(lines), two, 1)
-    assert (
-        result.returncode == 2
-        and "processes was 2, is now 1" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both, script):
+    flags = "--max-length 32 --precision fp32 --dropout 0 --batch-size 13 --lr 1e-3 --head pooler"
+    more = "--epochs 3 --accumulate 3".split()
+    status, _, error = script("train", *both[3], *flags.split(), *more, "--out", both[1] / "pooler")
+    assert status == 2 and "settings: processes was 2, is now 1. Give" in error

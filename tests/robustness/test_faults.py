@@ -1,6 +1,7 @@
-"""Full disks, folders that cannot be written, and files cut short, for each script that works long: one sentence,
+"""Full disks and folders that cannot be written, for each script that works long: one sentence,
 nothing that was complete is lost or changed, and the same command goes on once there is room."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_data, make_model
-from test_kill import contents
+from test_kill import assert_same_files
 
-SCRIPTS = ["extract", "grid_search", "train"]
+SOURCE = "--model {world}/model --data {world}/data --max-length 32 --precision fp32 "
+FLAGS = {
+    "extract": SOURCE,
+    "grid_search": "--features {world}/features --layers 1 2 3 --seeds 2 --epochs 2 --lr 1e-3",
+    "train": SOURCE + "--layers 1 3 --epochs 2 --batch-size 13 --save-steps 2",
+}
 # a limit on the size of a file that the small ones keep and the large one does not
 LARGEST = {
     "extract": ("test.en.max.npy", 8_000),
-    "grid_search": ("parts/max.0.001.0.npz", 1_500),
+    "grid_search": ("results.csv", 1_500),
     "train": ("resume/state.pt", 300_000),
 }
 
@@ -24,80 +30,57 @@ LARGEST = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    return {
-        "model": make_model(folder / "model"),
-        "data": make_data(folder / "data", test=40),
-        "features": folder / "features",
-    }
-
-
-def flags(name, world):
-    common = [
-        "--model",
-        world["model"],
-        "--data",
-        world["data"],
-        "--max-length",
-        32,
-        "--precision",
-        "fp32",
-    ]
-    return {
-        "extract": common,
-        "grid_search": [
-            "--features",
-            world["features"],
-            "--layers",
-            1,
-            2,
-            3,
-            "--seeds",
-            2,
-            "--epochs",
-            2,
-            "--lr",
-            "1e-3",
-        ],
-        "train": [*common, "--layers", 1, 3, "--epochs", 2, "--batch-size", 13, "--save-steps", 2],
-    }[name]
+    make_model(folder / "model")
+    make_data(folder / "data", test=40)
+    return folder
 
 
 @pytest.fixture
 def start(script, world):
     """start(name, out) runs a script on the toy world: (exit status, stdout, stderr)."""
 
-    def call(name, out, *more):
-        if name == "grid_search" and not world["features"].exists():
-            assert script("extract", *flags("extract", world), "--out", world["features"])[0] == 0
-        return script(name, *flags(name, world), "--out", out, *more)
+    def call(name, out):
+        if name == "grid_search" and not (world / "features").exists():
+            assert call("extract", world / "features")[0] == 0
+        return script(name, *FLAGS[name].format(world=world).split(), "--out", out)
 
     return call
 
 
 def files_of(out):
-    return {
-        path.relative_to(out): path.read_bytes()
-        for path in Path(out).rglob("*")
-        if path.is_file() and not path.name.startswith((".", "events.out"))
-    }
+    files = {}
+    for path in Path(out).rglob("*"):
+        if path.is_file() and not path.name.startswith((".", "events.out")):
+            files[path.relative_to(out)] = path.read_bytes()
+    return files
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@contextlib.contextmanager
+def file_limit(limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def assert_full(code, error):
+    assert code == 2 and "File too large" in error.splitlines()[-1] and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", FLAGS)
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(name, start, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start(name, whole)[0] == 0
     path, limit = LARGEST[name]
     assert (whole / path).stat().st_size > limit
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with file_limit(limit):
         code, _, error = start(name, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 2 and "File too large" in error.splitlines()[-1] and "Traceback" not in error
-    assert not (out / path).exists() and [p.name for p in out.rglob(".*.tmp")] == []
+    assert_full(code, error)
+    assert not (out / path).exists() and list(out.rglob(".*.tmp")) == []
     assert start(name, out)[0] == 0
-    assert contents(name, out) == contents(name, whole)
+    assert_same_files(out, whole)
 
 
 def test_a_disk_that_fills_later_keeps_the_last_good_state(start, tmp_path, monkeypatch):
@@ -105,76 +88,44 @@ def test_a_disk_that_fills_later_keeps_the_last_good_state(start, tmp_path, monk
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start("train", whole)[0] == 0
-    save, states = train.save_state, []
+    save, before = train.save_state, []
 
-    def full_at_the_third(folder, *rest, step, **more):
-        if len(states) == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-            states.append(files_of(out))
-        save(folder, *rest, step=step, **more)
-        states.append(step)
+    def full_at_the_third(*arguments):
+        before.append(files_of(out))
+        with file_limit(100_000) if len(before) == 3 else contextlib.nullcontext():
+            save(*arguments)
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_state", full_at_the_third)
-        try:
-            code, _, error = start("train", out)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 2 and "File too large" in error.splitlines()[-1] and states[:2] == [2, 4]
-    assert files_of(out) == states[2]
+        code, _, error = start("train", out)
+    assert_full(code, error)
+    assert len(before) == 3 and files_of(out) == before[2]
     code, text, _ = start("train", out)
-    assert (
-        code == 0
-        and "going on after step 4" in text
-        and contents("train", out) == contents("train", whole)
-    )
+    assert code == 0 and "going on after step 4" in text
+    assert_same_files(out, whole)
 
 
 def without_root():
     """In a child process: root, too, must ask before it writes."""
     for capability in (1, 2, 3):  # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
-        ctypes.CDLL(None).prctl(
-            24, capability, 0, 0, 0
-        )  # PR_CAPBSET_DROP: gone with the next program
+        # PR_CAPBSET_DROP: gone with the next program
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", FLAGS)
 def test_a_folder_that_cannot_be_written_is_one_sentence(name, start, world, tmp_path):
-    assert start(name, tmp_path / "out")[0] == 0
-    before = files_of(tmp_path / "out")
-    for folder, _, names in os.walk(tmp_path / "out"):
+    out = tmp_path / "out"
+    assert start(name, out)[0] == 0
+    before = files_of(out)
+    for folder, _, names in os.walk(out):
         for file in names:
             os.chmod(Path(folder) / file, 0o444)
         os.chmod(folder, 0o555)
-    command = [
-        sys.executable,
-        ROOT / f"{name}.py",
-        *flags(name, world),
-        "--out",
-        tmp_path / "out",
-        "--overwrite",
-    ]
-    ended = subprocess.run(
-        [*map(str, command)], text=True, capture_output=True, preexec_fn=without_root
-    )
-    os.chmod(tmp_path / "out", 0o755)
+    flags = FLAGS[name].format(world=world).split()
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags, "--out", str(out), "--overwrite"]
+    pipes = dict(text=True, capture_output=True)
+    ended = subprocess.run(command, preexec_fn=without_root, check=False, **pipes)
+    os.chmod(out, 0o755)
     assert ended.returncode == 2 and "Permission denied" in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
-    assert files_of(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("keep", [0, 5, 130, 1000])
-def test_a_feature_file_cut_short_while_it_grew_is_said(keep, start, tmp_path, monkeypatch):
-    import extract
-
-    monkeypatch.setattr(extract, "pool_all", lambda *_: sys.exit(9))
-    assert start("extract", tmp_path)[0] == 9
-    monkeypatch.undo()
-    part = next(tmp_path.glob(".*.max.npy.part"))
-    part.write_bytes(part.read_bytes()[:keep])
-    code, _, error = start("extract", tmp_path)
-    assert code == 2 and f"{part} is damaged or cut short" in error
-    assert error.strip().endswith("--overwrite starts anew")
-    assert start("extract", tmp_path, "--overwrite")[0] == 0
+    assert "Traceback" not in ended.stderr and files_of(out) == before
