@@ -669,7 +669,8 @@ def main(argv=None):
     source, files = choose_files(args.features, manifest, args.train_language)
     columns = [stem.replace(".", "_", 1) for stem in files]
     select = choose_protocol(args.select, columns, source)
-    if args.save_model:
+    save = args.save_model or (out / "model").exists()  # which must not be of another choice
+    if save:
         check_encoder(args.features)
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
@@ -721,7 +722,7 @@ def main(argv=None):
         # 4. train the chosen combination once more
         averaged, made = choose_seeds(results, chosen, select, args.hidden)
         classifier, note = write_chosen(plan, keys[chosen], args.seeds, averaged, out)
-        if args.save_model:
+        if save:
             save_chosen(plan, keys[chosen], classifier, out / "model")
             print(f"{out}/model: {made}; {note}")
         finish_folder(out, "run.json")

@@ -67,7 +67,7 @@ from lib.folders import (
 from lib.hub import revision
 from lib.messages import StopSignal, UserError, cli, in_range, out_of_memory
 from lib.run_log import Evaluation, Log, data_line, metric_rows, precision_line, trainable
-from lib.scores import best_epochs, tied
+from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
 
 LOG_STEPS = 10  # the processes add up what they count, and log it, every so many steps
@@ -151,11 +151,8 @@ def freezing_is_due(when, epoch, metrics, source):
         return False
     if when != "auto":
         return epoch >= when
-    by_step = {}
-    for row in metrics:
-        if row["split"] == "dev" and row["language"] != source:
-            by_step.setdefault(row["step"], []).append(row["accuracy"])
-    means = [tied(np.mean(accuracies)) for accuracies in by_step.values()]
+    languages = {row["language"] for row in metrics if row["split"] == "dev"} - {source}
+    means = list(mean_accuracies(metrics, "dev", languages, by="step").values())
     return any(means[i] < max(means[:i]) for i in range(1, len(means)))
 
 
