@@ -146,6 +146,26 @@ def extract_file(encoder, encoded, out, stem, settings, bar):
         os.replace(done_list, finished_mark(out, stem, settings.job))
 
 
+def extract_files(encoder, tokenizer, sets, out, settings, dtype):
+    """Write the features of {(split, language): Rows}, one file after the other."""
+    rank, _ = start_processes()
+    total = sum(len(rows.labels) for rows in sets.values())
+    with (
+        torch.inference_mode(),
+        autocast(encoder.device, dtype),  # around the loop: the weights are cast once
+        progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar,
+    ):
+        for (split, language), rows in sets.items():
+            stem = f"{split}.{language}"
+            bar.set_description(stem)
+            if broadcast(rank == 0 and finished_mark(out, stem, settings.job).exists()):
+                bar.update(len(rows.labels))
+                continue
+            encoded = encode(tokenizer, rows, settings.max_length)
+            check_tokens(encoder, encoded.ids)
+            extract_file(encoder, encoded, out, stem, settings, bar)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -242,7 +262,7 @@ def main(argv=None):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0
-        # 3. one file after the other
+        # 3. the forward passes
         total = sum(len(rows.labels) for rows in sets.values())
         if rank == 0:
             where = f"{world} processes" if world > 1 else device
@@ -252,22 +272,8 @@ def main(argv=None):
                 f"{manifest['precision']} products on {where}"
             )
         advice = f"--batch-size {args.batch_size} is too much, try {max(1, args.batch_size // 2)}"
-        # autocast around the loop: the weights are cast once
-        with (
-            torch.inference_mode(),
-            autocast(device, dtype),
-            out_of_memory(advice),
-            progress_bar(total=total, unit="row", smoothing=0.1, disable=rank > 0) as bar,
-        ):
-            for (split, language), rows in sets.items():
-                stem = f"{split}.{language}"
-                bar.set_description(stem)
-                if broadcast(rank == 0 and finished_mark(out, stem, job).exists()):
-                    bar.update(len(rows.labels))
-                    continue
-                encoded = encode(tokenizer, rows, args.max_length)
-                check_tokens(encoder, encoded.ids)
-                extract_file(encoder, encoded, out, stem, settings, bar)
+        with out_of_memory(advice):
+            extract_files(encoder, tokenizer, sets, out, settings, dtype)
         if rank == 0:
             finish_folder(out, "manifest.json")
             for path in [*out.glob(".*.finished"), *out.glob(".*.part")]:

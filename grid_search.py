@@ -52,7 +52,7 @@ from lib.folders import (
     write_json,
 )
 from lib.hub import revision
-from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar, say_once
+from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar
 from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
 from model import POOLINGS, Classifier, Settings, save_model
@@ -73,9 +73,9 @@ class Recipe(NamedTuple):
 
 
 def half(full, layer):
-    """The half of (S, B, K, M) whose models use a layer: a view (S, B, K, M / 2^(layer+1), 2^layer).
+    """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer).
 
-    Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
+    A view. Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
     """
     return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
@@ -266,8 +266,8 @@ def load_features(plan, pooling, stem):
 
 def scaling(features):
     """What --scale layer does to features (L, N, D) of train rows: the mean (L, 1, D) to take off,
-    and one number a layer (L, 1, 1), the root mean square of what is left, to divide by; infinite
-    for a layer that is the same in every row, as [CLS] of the embeddings is."""
+    and one number a layer (L, 1, 1), the root mean square of what is left, to divide by; infinite,
+    which leaves zeros, for a layer that is the same in every row, as [CLS] of the embeddings is."""
     mean = features.mean(1, keepdim=True)
     number = (features - mean).square().mean((1, 2), keepdim=True).sqrt()
     same = number <= 1e-5 * mean.square().mean(2, keepdim=True).sqrt()
@@ -289,7 +289,7 @@ class Part(NamedTuple):
     of: str
 
     def read(self):
-        """The scores (2, F, M) and the seconds they took; None where this search has none yet."""
+        """The scores (F, 2, M) and the seconds they took; None where this search has none yet."""
         if self.path.exists():
             with np.load(self.path) as file:
                 if str(file.get("of")) == self.of:
@@ -301,15 +301,31 @@ class Part(NamedTuple):
             np.savez(file, of=self.of, scores=scores, seconds=seconds)
 
 
+def list_parts(out, description):
+    """All parts of the search that a description is of: {(pooling, lr, seed): Part}."""
+    seeds = range(description["seeds"])
+    parts = {}
+    for job in product(description["poolings"], description["lr"], seeds):
+        path = out / "parts" / "{}.{}.{}.npz".format(*job)
+        parts[job] = Part(path, json.dumps([description, job]))
+    return parts
+
+
+def list_keys(poolings, rates, layers):
+    """All models but for their seed, by (pooling, layers, lr), in the order of the parts'."""
+    combinations = []
+    for m in range(1, 2 ** len(layers)):
+        combinations.append(tuple(layer for l, layer in enumerate(layers) if m >> l & 1))
+    keys = product(poolings, rates, combinations)
+    return [(pooling, combination, lr) for pooling, lr, combination in keys]
+
+
 def train_group(plan, pooling, lr, seeds, progress):
     """Train all combinations under one pooling and rate: their weights, and their scaling()."""
     features, labels = load_features(plan, pooling, f"train.{plan.source}")
     scale = scaling(features)
     if plan.scale == "none":
         scale = torch.zeros_like(scale[0]), torch.ones_like(scale[1])
-    for layer, number in zip(plan.layers, scale[1].flatten()):
-        if number.isinf():
-            say_once(f"{pooling} of layer {layer} is the same for every row: left at zero")
     features = scaled(features, scale, plan.precision)
     classes = len(plan.manifest["labels"])
     weights = train_models(features, labels, classes, seeds, lr, plan.recipe, progress=progress)
@@ -317,11 +333,11 @@ def train_group(plan, pooling, lr, seeds, progress):
 
 
 def search(plan, parts):
-    """Train those of `parts`, {(pooling, lr, seed): Part}, that are not kept; each process a share."""
+    """Train what is not kept yet of `parts`, {(pooling, lr, seed): Part}, as list_parts() gives."""
     rank, world = start_processes()
     todo = [job for job, part in parts.items() if part.read() is None]
     broadcast()  # all have looked before one writes
-    groups = {}
+    groups = {}  # this process's share
     for pooling, lr, seed in todo[rank::world]:
         groups.setdefault((pooling, lr), []).append(seed)
     classes = len(plan.manifest["labels"])
@@ -338,15 +354,15 @@ def search(plan, parts):
             seconds = (time.perf_counter() - start) / len(seeds)
             scores = np.array(scores)[..., 1:]  # (F, 2, S, M): model 0 has no layer
             for s, seed in enumerate(seeds):
-                parts[pooling, lr, seed].write(scores[:, :, s].swapaxes(0, 1), seconds)
+                parts[pooling, lr, seed].write(scores[:, :, s], seconds)
     broadcast()  # all parts are there
 
 
 def join_parts(parts, keys, seeds):
     """Micro-F1 and macro-F1 of all parts, (2, G, S, F), and the seconds they took."""
     scores, seconds = zip(*(part.read() for part in parts.values()))
-    scores = np.array(scores)  # (P * R * S, 2, F, M)
-    scores = scores.reshape(-1, seeds, *scores.shape[1:]).transpose(2, 0, 4, 1, 3)
+    scores = np.array(scores)  # (P * R * S, F, 2, M)
+    scores = scores.reshape(-1, seeds, *scores.shape[1:]).transpose(3, 0, 4, 1, 2)
     return scores.reshape(2, keys, seeds, -1), sum(seconds)
 
 
@@ -378,13 +394,17 @@ def mean_classifier(plan, combination, weights, scale, seeds):
 
 
 def choose_seeds(results, chosen, select, hidden):
-    """The seeds whose classifiers make the model: all, or the best where there is a hidden layer."""
+    """The seeds whose classifiers make the model, and what that is in words.
+
+    A hidden layer's weights have no mean: there it is the seed best by the protocol `select`.
+    """
     group = columns_of(results.columns, results.source)[select]
     scores = results.micro[chosen][:, group].mean(1)  # (S,)
     seeds = list(range(len(scores)))
-    if hidden:
-        return [max(seeds, key=lambda seed: tied(scores[seed]))]
-    return seeds
+    if not hidden:
+        return seeds, f"the mean of {len(seeds)} seeds' classifiers"
+    best = max(seeds, key=lambda seed: tied(scores[seed]))
+    return [best], f"the classifier of seed {best}, the best by {select}"
 
 
 def write_chosen(plan, key, seeds, averaged, out):
@@ -419,8 +439,10 @@ def write_chosen(plan, key, seeds, averaged, out):
     return classifier, note
 
 
-def check_encoder(features, manifest):
+def check_encoder(features):
     """UserError unless the encoder whose features these are is what it was."""
+    keys = ("model", "revision", "tokenizer", "pairs", "max_length")
+    manifest = read_json(Path(features) / "manifest.json", "extract.py", keys)
     model = manifest["model"]
     identity = revision(model), tokenizer_identity(load_tokenizer(model))
     if identity != (manifest["revision"], manifest["tokenizer"]):
@@ -503,7 +525,7 @@ def write_best(out, results, select, hidden, model):
 
 def read_manifest(folder, layers, poolings):
     """The manifest.json of a feature folder, which must hold these layers and poolings."""
-    keys = ("complete", "layers", "poolings", "hidden_size", "labels", "inputs", "model", "pairs")
+    keys = ("complete", "layers", "poolings", "hidden_size", "labels", "inputs")
     manifest = read_json(Path(folder) / "manifest.json", "extract.py", keys)
     if not manifest["complete"]:
         raise UserError(f"{folder} is not complete: run extract.py again with the same command")
@@ -588,9 +610,9 @@ def parse_args(argv):
         "--select",
         choices=["joint", "en", "test"],
         default="joint",
-        help="rank by the mean of the other languages' dev sets (joint, the default; where there are "
-        "none it is en), by the source language's dev (en: true zero-shot), or by the mean of the "
-        "other languages' test sets, as the paper did (test: too high by the choice)",
+        help="rank by the mean of the other languages' dev sets (joint, the default; where there "
+        "are none it is en), by the source language's dev (en: true zero-shot), or by the mean of "
+        "the other languages' test sets, as the paper did (test: too high by the choice)",
     )
     add = parser.add_argument_group("each classifier").add_argument
     add("--hidden", type=any_number, default=0, help="units of a hidden layer (default: 0: none)")
@@ -647,8 +669,9 @@ def main(argv=None):
     source, files = choose_files(args.features, manifest, args.train_language)
     columns = [stem.replace(".", "_", 1) for stem in files]
     select = choose_protocol(args.select, columns, source)
-    if args.save_model:
-        check_encoder(args.features, manifest)
+    save = args.save_model or (out / "model").exists()  # which must not be of another choice
+    if save:
+        check_encoder(args.features)
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
         precision = torch.float32
@@ -668,28 +691,18 @@ def main(argv=None):
         "precision": str(precision).removeprefix("torch."),
         "manifest": sha256(Path(args.features) / "manifest.json"),
     }
-    # 2. the models
-    combinations = []
-    for m in range(1, 2 ** len(layers)):
-        combinations.append(tuple(layer for l, layer in enumerate(layers) if m >> l & 1))
-    groups = list(product(args.poolings, rates))
-    keys = [(pooling, layers, lr) for (pooling, lr), layers in product(groups, combinations)]
-    parts = {}
-    for (pooling, lr), seed in product(groups, range(args.seeds)):
-        of = json.dumps([description, pooling, lr, seed])
-        parts[pooling, lr, seed] = Part(out / "parts" / f"{pooling}.{lr}.{seed}.npz", of)
+    keys = list_keys(args.poolings, rates, layers)
+    parts = list_parts(out, description)
     noted = {"features": args.features, "versions": versions()}
     with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
-        # 3. train those that are not kept yet
+        # 2. train what is not kept yet
         if rank == 0:
             start_folder(
                 out, "run.json", "grid_search.py", description | noted, noted, args.overwrite
             )
+            where = f"{world} processes" if world > 1 else device
             print(
-                f"{len(combinations)} combinations of layers {' '.join(map(str, layers))} x "
-                f"{len(args.poolings)} poolings x {len(rates)} learning rates x {args.seeds} seeds "
-                f"= {len(keys) * args.seeds:,} models, trained on {source}, on "
-                f"{f'{world} processes' if world > 1 else device}, "
+                f"{len(keys) * args.seeds:,} models, trained on {source}, on {where}, "
                 f"{description['precision']} products"
             )
             if select != args.select:
@@ -698,22 +711,19 @@ def main(argv=None):
         search(plan, parts)
         if rank > 0:
             return 0
-        # 4. rank them
+        # 3. rank all
         scores, seconds = join_parts(parts, len(keys), args.seeds)
         results = Results(keys, columns, source, *scores)
         write_results(out, results, args.hidden)
-        chosen = write_best(out, results, select, args.hidden, manifest["model"])
+        chosen = write_best(out, results, select, args.hidden, manifest.get("model"))
         text = summary(results, select, args.hidden, seconds)
         with write_atomic(out / "summary.md") as file:
             file.write(text)
-        # 5. train the chosen combination once more
-        averaged = choose_seeds(results, chosen, select, args.hidden)
+        # 4. train the chosen combination once more
+        averaged, made = choose_seeds(results, chosen, select, args.hidden)
         classifier, note = write_chosen(plan, keys[chosen], args.seeds, averaged, out)
-        if args.save_model:
+        if save:
             save_chosen(plan, keys[chosen], classifier, out / "model")
-            made = f"the mean of {args.seeds} seeds' classifiers"
-            if args.hidden:
-                made = f"the classifier of seed {averaged[0]}, the best by {select}"
             print(f"{out}/model: {made}; {note}")
         finish_folder(out, "run.json")
     print(text, f"written to {out}/", sep="\n")

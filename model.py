@@ -100,7 +100,8 @@ class Classifier(nn.Module):
             features = output.pooler_output
         else:
             features = torch.tanh(self.dense(states[-1][:, 0]))
-        return self.classifier(features)  # (B, C)
+        with torch.autocast(features.device.type, enabled=False):  # it is small: all digits
+            return self.classifier(features.float())  # (B, C)
 
     def pooled(self, states, mask):
         """The chosen layers, pooled: side by side (B, L * D), or their weighted sum (B, D)."""

@@ -67,7 +67,7 @@ from lib.folders import (
 from lib.hub import revision
 from lib.messages import StopSignal, UserError, cli, in_range, out_of_memory
 from lib.run_log import Evaluation, Log, data_line, metric_rows, precision_line, trainable
-from lib.scores import best_epochs, tied
+from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
 
 LOG_STEPS = 10  # the processes add up what they count, and log it, every so many steps
@@ -151,11 +151,8 @@ def freezing_is_due(when, epoch, metrics, source):
         return False
     if when != "auto":
         return epoch >= when
-    by_step = {}
-    for row in metrics:
-        if row["split"] == "dev" and row["language"] != source:
-            by_step.setdefault(row["step"], []).append(row["accuracy"])
-    means = [tied(np.mean(accuracies)) for accuracies in by_step.values()]
+    languages = {row["language"] for row in metrics if row["split"] == "dev"} - {source}
+    means = list(mean_accuracies(metrics, "dev", languages, by="step").values())
     return any(means[i] < max(means[:i]) for i in range(1, len(means)))
 
 
@@ -170,7 +167,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     """
     out, pad_id = Path(args.out), tokenizer.pad_token_id
     device, (rank, world) = pick_device(), start_processes()
-    dtype = pick_precision(args.precision, device)
+    dtype, source = pick_precision(args.precision, device), args.train_language
     per_epoch = -(-len(train_set.labels) // args.batch_size)
     steps = args.epochs * per_epoch
 
@@ -186,9 +183,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
         batches = train_batches(train_set.lengths, args.batch_size, args.seed, epoch)
         for rows in batches[step - epoch * per_epoch :]:
             # freezing on the go (paper, section 1.6)
-            if not frozen and freezing_is_due(
-                args.freeze_epoch, epoch, metrics, args.train_language
-            ):
+            if not frozen and freezing_is_due(args.freeze_epoch, epoch, metrics, source):
                 frozen = sorted(args.freeze_layers)
                 for parameter in freeze_layers(model.encoder, frozen, readers):
                     optimizer.state.pop(parameter, None)  # AdamW and clipping skip it from now on
@@ -197,9 +192,8 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
 
             # forward and backward, part by part
             torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # the same when resumed
-            for batch, last in micro_batches(
-                train_set, rows, pad_id, args.max_length, device, args.accumulate
-            ):
+            parts = micro_batches(train_set, rows, pad_id, args.max_length, device, args.accumulate)
+            for batch, last in parts:
                 trained.require_backward_grad_sync = last  # DDP's
                 with autocast(device, dtype):
                     logits = trained(batch)  # (B, C)
@@ -229,7 +223,8 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             if not (evaluate_now or save_now or stop_now or step % LOG_STEPS == 0):
                 continue
             loss, accuracy, stop_now = add_up(totals, stop.number)
-            check_finite(loss, model, step, args)
+            if evaluate_now or save_now or not np.isfinite(loss):
+                check_finite(loss, model, step, args)
             speed = log.train(step, loss, accuracy, rate)
             if evaluate_now:
                 scores = {("train", ""): (accuracy, loss)}
@@ -240,7 +235,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
                 totals.zero_()
             if end_of_epoch and rank == 0:
                 mean = update_mean(mean, model, epoch + 1)
-                best = best_epochs(metrics, args.train_language)
+                best = best_epochs(metrics, source)
                 save_epoch(model, tokenizer, out / "epochs", epoch + 1, args.keep_all, best)
             if (save_now or stop_now) and rank == 0:
                 progress = {"step": step, "metrics": metrics, "totals": totals, "mean": mean}

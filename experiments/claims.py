@@ -215,13 +215,10 @@ def is_right(folder, epoch, split, batch_size):
 
 def frozen_after(metrics):
     """How many epochs were done when layers froze, by the rows of metrics.jsonl; None: never."""
-    before, epoch = 0, 0
-    for row in metrics:
-        if row["epoch"] > epoch:  # the next evaluation
-            before, epoch = epoch, row["epoch"]
-        if row["frozen_layers"]:
-            return before
-    return None
+    before = [row["epoch"] for row in metrics if not row["frozen_layers"]]
+    if len(before) == len(metrics):
+        return None
+    return max(before, default=0)
 
 
 def read_outcomes(folder, system, name, split, train_rows, batch_size):

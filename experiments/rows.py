@@ -185,8 +185,8 @@ def report(entries, language):
         lines.append(cells)
     header = ["rows", *SYSTEMS, "search - logistic", "search - fine-tuned"]
     return (
-        f"Test accuracy, percent: mean of the other languages ({language} in brackets), and seconds."
-        "\nDifferences on the others' mean with the 95 % interval, of the rows, and of the seeds "
+        f"Test accuracy, percent: mean of the other languages ({language} in brackets); seconds.\n"
+        "Differences on the others' mean with the 95 % interval, of the rows, and of the seeds "
         f"where\nthere are several.\n\n{markdown_table(header, lines)}\n"
     )
 

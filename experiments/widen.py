@@ -2,10 +2,10 @@
 
     python -m experiments.widen experiments/results/e5-xnli/results.json
 
-Files made before lib/significance.py counted seeds hold, for each difference, its 95 % interval over
-the test rows and its value for each seed. The rows' part is taken as normal with that interval's
-width; to each draw a draw of Student's t with S - 1 degrees of freedom times the seeds' standard
-deviation over sqrt(S) is added.
+Files made before lib/significance.py counted seeds hold, for each difference, its 95 % interval
+over the test rows and its value for each seed. The rows' part is taken as normal with that
+interval's width; to each draw a draw of Student's t with S - 1 degrees of freedom times the seeds'
+standard deviation over sqrt(S) is added.
 """
 
 import json

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +72,10 @@ def read_csv(content, name):
     """As spreadsheets write it: separated by , ; or tab, with quotes and line breaks in cells."""
     text = decode(content, name)
 
-    def columns(mark):
+    def width(mark):
         return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), []))
 
-    mark = max(",;\t", key=columns)
+    mark = max(",;\t", key=width)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows, lines, line = [], [], 1
     try:
@@ -85,7 +86,8 @@ def read_csv(content, name):
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{name}, line {line}: {error}") from None
-    return rows[0] if rows else [""], rows[1:], lines[1:]
+    header, *rows = rows or [[""]]
+    return header, rows, lines[1:]
 
 
 def read_jsonl(content, name):
@@ -240,7 +242,7 @@ def archive_members(path):
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                yield info.filename, archive.open(info).read
+                yield info.filename, partial(archive.read, info)
     else:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream) as archive:
             for info in archive:
@@ -385,7 +387,8 @@ def read_own(files, names, share, seed):
             table = tables["train", language]
             train, dev = hold_out(table.rows, group_at, label_at, share, seed)
             tables["train", language] = table._replace(rows=train)
-            tables["dev", language] = table._replace(rows=dev)
+            if dev:
+                tables["dev", language] = table._replace(rows=dev)
     return sorted(counts, key=lambda label: (-counts[label], label)), tables
 
 
@@ -396,7 +399,7 @@ def own_rows(path, names, label_at):
     """
     columns, lines = read_columns(path)
     need_columns(columns, names, path)
-    rows, empty, differing, seen = [], [], [], {}
+    rows, empty, differing, first = [], [], [], {}
     for line, *cells in zip(lines, *(columns[name] for name in names)):
         cells = [clean(cell).strip() for cell in cells]
         if not all(cells):
@@ -404,11 +407,9 @@ def own_rows(path, names, label_at):
             continue
         rows.append((line, cells))
         texts, label = tuple(cells[:label_at]), cells[label_at]
-        before, where = seen.setdefault(texts, (label, line))
-        if label != before:
-            differing.append(
-                f"line {line}: the text of line {where}, {label!r} here, {before!r} there"
-            )
+        label_before, line_before = first.setdefault(texts, (label, line))
+        if label != label_before:
+            differing.append(f"line {line}: {label!r}, in line {line_before} {label_before!r}")
     if not rows:
         raise UserError(f"{path}: no row has {' and '.join(names)}")
     if empty:
@@ -417,7 +418,10 @@ def own_rows(path, names, label_at):
             f"rows left out for that: {len(empty):,}"
         )
     if differing:
-        say_once(f"warning: {path}, {differing[0]}; such rows, which stay: {len(differing):,}")
+        say_once(
+            f"warning: {path}, {differing[0]}, for the same text; "
+            f"such rows, which are kept: {len(differing):,}"
+        )
     return rows
 
 

@@ -97,8 +97,8 @@ def report(results):
 
 
 INTERVALS = f"""
-In brackets the 95 % interval over rows and seeds: {RESAMPLES:,} resamples of the rows (those that belong
-together are drawn together) for the seeds' mean, and Student's t for the seeds.
+In brackets the 95 % interval over rows and seeds: {RESAMPLES:,} resamples of the rows (those that
+belong together are drawn together) for the seeds' mean, and Student's t for the seeds.
 * p < {LEVEL} after Holm's correction over the languages. † One seed: the rows' interval, no star.
 """
 

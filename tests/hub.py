@@ -15,8 +15,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves folders as models, {name: folder}. Of the names in `gated` every file is a 403; downloads of those in
-    `breaking` end after half of the weights. `asked` lists what was asked: (method, path, bytes sent)."""
+    """Serves folders as models, {name: folder}. Of the names in `gated` every file is a 403;
+    downloads of those in `breaking` end after half of the weights. `asked` lists what was asked:
+    (method, path, bytes sent)."""
 
     def __init__(self, models, gated=(), breaking=()):
         self.models = {name: Path(folder) for name, folder in models.items()}

@@ -1,4 +1,5 @@
-"""A model by its hub name, as a user comes: scripts in processes of their own against a hub on the loopback (hub.py)."""
+"""A model by its hub name, as a user comes: scripts in processes of their own against a hub on the
+loopback (hub.py)."""
 
 import json
 import os

@@ -1,6 +1,7 @@
-"""The README's own command blocks, run as they stand: models come by name from a hub on the loopback (hub.py), where
-sample/model stands under every name; archives of the sample's own rows are in the place of the published ones; and each
-command gets flags that make it small. What the README says is what is tested."""
+"""The README's own command blocks, run as they stand: models come by name from a hub on the
+loopback (hub.py), where sample/model stands under every name; archives of the sample's own rows are
+in the place of the published ones; and each command gets flags that make it small. What the README
+says is what is tested."""
 
 import io
 import json

@@ -114,23 +114,23 @@ def test_three_standard_errors_are_found(monkeypatch):
     assert min(simulate(5, shift=3)) > 0.6
 
 
-def test_seeds_alone_are_students_t(monkeypatch):
+@pytest.mark.parametrize("paired", [True, False])
+def test_seeds_alone_are_students_t(paired, monkeypatch):
     """The rows agree, so that nothing but the seeds varies."""
     few_resamples(monkeypatch, 200_000)
     a, b = np.array([0.01, 0.02, 0.06]), np.array([0.03, 0.01])
     rows = np.ones((1, 7, 1))
-    paired = intervals(a[:, None, None] * rows, np.arange(7))[0]
-    error = a.std(ddof=1) / np.sqrt(3)
-    expected = stats.t.interval(0.95, 2, loc=0.03, scale=error)
-    assert (paired.low, paired.high) == pytest.approx(expected, abs=2e-3)
-    assert paired.p == pytest.approx(2 * stats.t.sf(0.03 / error, 2), abs=0.01)
-    assert (paired.by_seed, paired.seeds) == (pytest.approx(a.tolist()), 3)
-    unpaired = intervals(a[:, None, None] * rows, np.arange(7), b[:, None, None] * rows)[0]
-    error = np.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2)
-    expected = stats.t.interval(0.95, 1, loc=0.01, scale=error)
-    assert (unpaired.low, unpaired.high) == pytest.approx(expected, rel=0.1)
-    assert unpaired.p == pytest.approx(2 * stats.t.sf(0.01 / error, 1), abs=0.01)
-    assert (unpaired.difference, unpaired.by_seed, unpaired.seeds) == (pytest.approx(0.01), [], 2)
+    if paired:
+        found = intervals(a[:, None, None] * rows, np.arange(7))[0]
+        mean, error, seeds, by_seed = 0.03, a.std(ddof=1) / np.sqrt(3), 3, pytest.approx(a)
+    else:
+        found = intervals(a[:, None, None] * rows, np.arange(7), b[:, None, None] * rows)[0]
+        error, seeds, by_seed = np.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2), 2, []
+        mean = 0.01
+    expected = stats.t.interval(0.95, seeds - 1, loc=mean, scale=error)
+    assert (found.low, found.high) == pytest.approx(expected, rel=0.05)
+    assert found.p == pytest.approx(2 * stats.t.sf(mean / error, seeds - 1), abs=0.01)
+    assert (found.difference, found.by_seed, found.seeds) == (pytest.approx(mean), by_seed, seeds)
 
 
 # --- what is made of them ------------------------------------------------------------------------
