@@ -463,21 +463,6 @@ def saved_state(out):
     return torch.load(Path(out) / "resume" / "state.pt", weights_only=True)
 
 
-def assert_equal_states(one, other):
-    """Nested dicts and lists with equal tensors; less the speed, which is in the metrics."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"examples_per_second"}:
-            assert_equal_states(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for first, second in zip(one, other):
-            assert_equal_states(first, second)
-    else:
-        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
-
-
 @contextlib.contextmanager
 def interrupted(owner, name, calls, error=KeyboardInterrupt):
     """The end, as of SIGKILL, in place of the call of owner.name after `calls` ones."""
@@ -518,7 +503,6 @@ def test_killed_and_started_again_is_as_never_stopped(
     save_steps = 3 if "--save-steps" in SETTINGS[settings] else STEPS
     assert ("going on after step" in fine_tune(*arguments)) == (sum(stops) >= save_steps)
     assert_same_run(tmp_path, unstopped(settings))
-    assert_equal_states(saved_state(tmp_path), saved_state(unstopped(settings)))
     assert json.loads((tmp_path / "run.json").read_text())["complete"] is True
     steps = [event.step for event in events(tmp_path).Scalars("train/loss")]
     assert steps == list(range(1, 3 * STEPS + 1))
@@ -544,7 +528,6 @@ def test_killed_while_saving_is_as_never_stopped(
         fine_tune(*arguments)
     fine_tune(*arguments)
     assert_same_run(tmp_path, unstopped("epoch"))
-    assert_equal_states(saved_state(tmp_path), saved_state(unstopped("epoch")))
     assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
 
 
@@ -757,8 +740,6 @@ def test_run_json_describes_the_run(frozen_run):
     assert run["complete"] is True and run["labels"] == LABELS and run["precision"] == "float32"
     assert run["arguments"]["layers"] == [1, 3] and run["arguments"]["freeze_epoch"] == 1
     assert sorted(run["data"]) == ["dev.de.tsv", "dev.en.tsv", "dev.zh.tsv", "train.en.tsv"]
-    assert run["versions"]["torch"] == torch.__version__
-    assert run["command"].startswith("python train.py --model")
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o077])
