@@ -1,6 +1,7 @@
 """Two processes of torchrun (gloo, CPU) against one: the same features, results and losses."""
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -17,14 +18,14 @@ sys.path.insert(0, {root!r})
 import extract, grid_search, train
 from lib import messages
 train.LOG_STEPS = 4
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ["RANK"])
 rate, forward = train.learning_rate, train.Classifier.forward
 
 def sent(number, step, group):
     left = [step]
     def learning_rate(*arguments):
         left[0] -= 1
-        if left[0] == 0 and (group or rank == world - 1):
+        if left[0] == 0 and (group or rank == 1):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         return rate(*arguments)
@@ -69,36 +70,35 @@ messages.cli(main)
 
 
 def commands(model, data, same, out):
-    """What each of the two gets: (before the kill, after it)."""
+    """What one process and two do; what two do beside, until they are killed; what goes on then."""
     source = f"--model {model} --data {data} --max-length 32 --precision fp32"
     tuned = f"{source} --dropout 0 --batch-size 13 --lr 1e-3"
     frozen = "--layers 2 4 --freeze-layers 0 3 --freeze-epoch 1 --epochs 3 --eval-steps 1"
     pooler = f"{tuned} --head pooler --epochs 3 --accumulate 3"
-    alike = f"train --model {model} --data {same} --max-length 32 --layers 2 --batch-size 2"
-    alike = f"{alike} --epochs 1 --lr 1e-9 --precision fp32".replace("train", "note {path}", 1)
     search = "--layers 1 3 5 --poolings max cls --seeds 3 --epochs 2 --precision fp32 --lr 1e-3"
-    first = f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
+    alike = f"--model {model} --data {same} --max-length 32 --layers 2 --batch-size 2 --epochs 1"
+    alike += " --lr 1e-9 --precision fp32"
+    shared = f"""extract {source} --out {out}/features --dtype float32 --batch-size 9
 grid_search --features {out}/features --out {out}/grid {search}
 train {tuned} --out {out}/wf {frozen}
-stop 14 group {tuned} --out {out}/wf-stopped {frozen}
-train {tuned} --out {out}/wf-stopped {frozen}
 train {pooler} --out {out}/pooler
+"""
+    until_killed = f"""stop 14 group {tuned} --out {out}/wf-stopped {frozen}
+train {tuned} --out {out}/wf-stopped {frozen}
 stop 7 one {pooler} --out {out}/pooler-stopped
 stop 1 one {pooler} --out {out}/pooler-stopped
 train {pooler} --out {out}/pooler-stopped
-{alike.format(path=f"{out}/still")} --out {out}/alike-still --dropout 0
-{alike.format(path=f"{out}/drawn")} --out {out}/alike-drawn --dropout 0.5
+note {out}/still {alike} --out {out}/alike-still --dropout 0
+note {out}/drawn {alike} --out {out}/alike-drawn --dropout 0.5
 kill 9 {pooler} --out {out}/pooler-killed --save-steps 2
 """
-    return first, f"train {pooler} --out {out}/pooler-killed --save-steps 2\n"
+    return shared, until_killed, f"train {pooler} --out {out}/pooler-killed --save-steps 2\n"
 
 
-def torchrun(lines, folder, processes):
+def torchrun(lines, folder):
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     (folder / "commands").write_text(lines)
-    launch = []
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
         capture_output=True,
@@ -117,16 +117,17 @@ def both(tmp_path_factory):
     data = make_data(folder / "data", train=66)
     same = make_data(folder / "same", dev=3)
     (folder / "same/train.en.tsv").write_text("text\tlabel\n" + "my late money\trefund\n" * 8)
-    outs = []
-    for processes in (1, 2):
-        outs.append(folder / str(processes))
-        outs[-1].mkdir()
-        first, after = commands(model, data, same, outs[-1])
-        begun = torchrun(first, outs[-1], processes)
-        assert begun.returncode != 0 and "$ kill" in begun.stdout, begun.stderr[-3000:]
-        ended = torchrun(after, outs[-1], processes)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-    return *outs, begun.stdout + ended.stdout, f"--model {model} --data {data}".split()
+    shared, *_ = commands(model, data, same, folder / "one")
+    for line in shared.splitlines():
+        name, *arguments = line.split()
+        importlib.import_module(name).main(arguments)
+    (folder / "two").mkdir()
+    shared, until_killed, after = commands(model, data, same, folder / "two")
+    begun = torchrun(shared + until_killed, folder / "two")
+    assert begun.returncode != 0 and "$ kill" in begun.stdout, begun.stderr[-3000:]
+    ended = torchrun(after, folder / "two")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder / "one", folder / "two", begun.stdout + ended.stdout
 
 
 def rows_of(run):
@@ -170,10 +171,9 @@ def test_training_gives_the_same_losses_and_weights(both, name):
 
 
 @pytest.mark.parametrize("name", ["wf-stopped", "pooler-stopped", "pooler-killed"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stopped_and_started_again_is_as_never_stopped(both, processes, name):
+def test_stopped_and_started_again_is_as_never_stopped(both, name):
     """By one SIGTERM and a second at its heels, in one process or in each; by SIGKILL in one."""
-    runs = both[processes - 1] / name.partition("-")[0], both[processes - 1] / name
+    runs = both[1] / name.partition("-")[0], both[1] / name
     whole, stopped = map(rows_of, runs)
     assert whole == stopped and whole[-1]["step"] == 18
     for epoch in ("3", "mean"):
@@ -191,7 +191,7 @@ def test_processes_draw_different_dropout_for_the_same_row(both):
 def test_only_one_process_speaks_and_all_stop_at_the_next_sum(both):
     text = both[2]
     assert text.count("2 processes on cpu, float32 products (as asked)") == 11
-    assert text.count(": done") == 7
+    assert text.count(": done; best epoch") == 7
     stops = [line.split(",")[0] for line in text.splitlines() if line.startswith("stopped by")]
     assert stops == [f"stopped by SIGTERM after step {step}" for step in (14, 8, 12)]
     assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 3
@@ -200,7 +200,6 @@ def test_only_one_process_speaks_and_all_stop_at_the_next_sum(both):
 
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both, script):
-    flags = "--max-length 32 --precision fp32 --dropout 0 --batch-size 13 --lr 1e-3 --head pooler"
-    more = "--epochs 3 --accumulate 3".split()
-    status, _, error = script("train", *both[3], *flags.split(), *more, "--out", both[1] / "pooler")
+    command = json.loads((both[1] / "pooler/run.json").read_text())["command"]
+    status, _, error = script("train", *command.split("train.py ")[1].split())
     assert status == 2 and "settings: processes was 2, is now 1. Give" in error

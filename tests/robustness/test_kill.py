@@ -5,6 +5,7 @@ Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for 
 them while a file is being written.
 """
 
+import importlib
 import json
 import os
 import random
@@ -39,20 +40,22 @@ def world(tmp_path_factory):
     return folder
 
 
-def start(script, world, out):
-    flags = FLAGS[script].format(world=world).split()
+def flags(script, world, out):
+    return [*FLAGS[script].format(world=world).split(), "--out", str(out)]
+
+
+def start(script, *arguments):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / f"{script}.py"), *flags, "--out", str(out)],
+        [sys.executable, str(ROOT / f"{script}.py"), *flags(script, *arguments)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
-def run(*arguments):
-    process = start(*arguments)
-    _, error = process.communicate()
-    assert process.returncode == 0, error.decode()
+def run(script, *arguments):
+    """In this process, which has imported everything."""
+    assert not importlib.import_module(script).main(flags(script, *arguments))
 
 
 def half_written(out):
@@ -69,8 +72,7 @@ def killed(process, out, marker, wait, during_a_write):
         while process.poll() is None and half_written(out) <= before:
             pass
     process.kill()
-    process.communicate()
-    return process.returncode == -9
+    return process.wait() == -9
 
 
 TIMES = {"metrics.jsonl": "examples_per_second", "run.json": "command"}
@@ -89,7 +91,7 @@ def contents(out):
             documents = content.splitlines() if path.suffix == ".jsonl" else [content]
             files[name] = list(map(json.loads, documents))
             for document in files[name]:
-                document.pop(TIMES[path.name])
+                document.pop(TIMES[path.name], None)
         elif path.name == "state.pt":
             state = torch.load(path, weights_only=True)
             state.pop("metrics")
