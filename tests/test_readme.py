@@ -168,10 +168,15 @@ def test_the_readmes_changes_apply_and_run(tmp_path, model_folder, data_folder):
     commands = f"""
 import data, extract, grid_search, train
 assert data.main("own --out own --train en=rows.json --text text --label label".split()) is None
-extract.main("--model {model_folder} --data {data_folder} --out f --max-length 32".split())
-grid_search.main("--features f --out g --layers 3 5 --poolings min cls --seeds 1 --epochs 2".split())
-train.main("--model {model_folder} --data {data_folder} --out r --layers 3 4 --pooling min --epochs 3 "
-           "--freeze-layers 1 2 --freeze-epoch 1 --max-length 32 --max-train-rows 20".split())
+given = "--model {model_folder} --data {data_folder} --max-length 32 --out "
+extract.main((given + "f").split())
+grid_search.main(
+    "--features f --out g --layers 3 5 --poolings min cls --seeds 1 --epochs 2".split()
+)
+train.main(
+    (given + "r --layers 3 4 --pooling min --epochs 3 --max-train-rows 20").split()
+    + "--freeze-layers 1 2 --freeze-epoch 1".split()
+)
 """
     done = subprocess.run(
         [sys.executable, "-c", commands],
