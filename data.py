@@ -41,7 +41,7 @@ from lib.archives import (
 )
 from lib.devices import start_processes
 from lib.folders import sha256, write_atomic, write_json
-from lib.hub import model_folder, what_is_in
+from lib.hub import model_folder
 from lib.messages import UserError, cli, first_line, in_range, say_once
 from lib.tables import markdown_table
 
@@ -240,7 +240,7 @@ def load_tokenizer(name):
         why = "it has no vocabulary (tokenizer.json or vocab.txt)"  # transformers makes one up
     except (OSError, ValueError, KeyError, ImportError) as error:
         tokenizer = None
-        why = what_is_in(folder) or first_line(error)
+        why = first_line(error)
     if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"no tokenizer can be loaded from {str(name)!r}: {why}")
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:

@@ -31,6 +31,7 @@ from data import (
     read_sets,
     sorted_batches,
     split_languages,
+    split_name,
     tokenizer_identity,
     train_language,
 )
@@ -216,6 +217,15 @@ def list_files(folder, train_languages):
     return keys
 
 
+def describe_inputs(data, sets):
+    """What the manifest says of each file: {file name: its hash and rows}."""
+    hashes, inputs = fingerprint(data, sets), {}
+    for (split, language), rows in sets.items():
+        name = split_name(split, language)
+        inputs[name] = {"sha256": hashes[name], "rows": len(rows.labels)}
+    return inputs
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, device = Path(args.out), pick_device()
@@ -231,10 +241,6 @@ def main(argv=None):
     encoder.to(device).eval()
     check_length(encoder, args.max_length)
     # 2. what the features are of
-    hashes, inputs = fingerprint(args.data, keys), {}
-    for (split, language), rows in sets.items():
-        name = f"{split}.{language}.tsv"
-        inputs[name] = {"sha256": hashes[name], "rows": len(rows.labels)}
     manifest = {
         "format": 1,
         "revision": revision(args.model),
@@ -246,19 +252,18 @@ def main(argv=None):
         "precision": str(dtype).removeprefix("torch."),
         "max_length": args.max_length,
         "labels": labels,
-        "inputs": inputs,
+        "inputs": describe_inputs(args.data, sets),
         "batch_size": args.batch_size,
     }
-    noted = {"model": args.model, "pairs": rows.text_b is not None, "versions": versions()}
+    pairs = sets[keys[0]].text_b is not None
+    noted = {"model": args.model, "pairs": pairs, "versions": versions()}
     job = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
     settings = Settings(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype, job)
     with lock(out, rank):
-        if broadcast(
-            rank == 0
-            and start_folder(
-                out, "manifest.json", "extract.py", manifest | noted, noted, args.overwrite
-            )
-        ):
+        complete = rank == 0 and start_folder(
+            out, "manifest.json", "extract.py", manifest | noted, noted, args.overwrite
+        )
+        if broadcast(complete):
             if rank == 0:
                 print(f"{out} is complete already: nothing to do")
             return 0

@@ -475,6 +475,11 @@ def save_chosen(plan, key, classifier, folder):
 # --- the grid folder ------------------------------------------------------------------------------
 
 
+def write_text(path, text):
+    with write_atomic(path) as file:
+        file.write(text)
+
+
 def write_csv(path, rows):
     with write_atomic(path) as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
@@ -677,9 +682,8 @@ def main(argv=None):
         precision = torch.float32
     recipe = Recipe(args.hidden, args.epochs, args.batch_size, args.dropout)
     layers, rates = sorted(args.layers), sorted(args.lr)
-    plan = Plan(
-        args.features, manifest, layers, source, files, recipe, args.scale, precision, device
-    )
+    places = args.features, manifest, layers, source, files
+    plan = Plan(*places, recipe, args.scale, precision, device)
     description = {
         **recipe._asdict(),
         "seeds": args.seeds,
@@ -697,14 +701,10 @@ def main(argv=None):
     with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
         # 2. train what is not kept yet
         if rank == 0:
-            start_folder(
-                out, "run.json", "grid_search.py", description | noted, noted, args.overwrite
-            )
+            described = description | noted
+            start_folder(out, "run.json", "grid_search.py", described, noted, args.overwrite)
             where = f"{world} processes" if world > 1 else device
-            print(
-                f"{len(keys) * args.seeds:,} models, trained on {source}, on {where}, "
-                f"{description['precision']} products"
-            )
+            print(f"{len(keys) * args.seeds:,} models, trained on {source}, on {where}")
             if select != args.select:
                 print(f"no other language has a dev file: the choice is by that of {source}")
         broadcast()
@@ -717,8 +717,7 @@ def main(argv=None):
         write_results(out, results, args.hidden)
         chosen = write_best(out, results, select, args.hidden, manifest.get("model"))
         text = summary(results, select, args.hidden, seconds)
-        with write_atomic(out / "summary.md") as file:
-            file.write(text)
+        write_text(out / "summary.md", text)
         # 4. train the chosen combination once more
         averaged, made = choose_seeds(results, chosen, select, args.hidden)
         classifier, note = write_chosen(plan, keys[chosen], args.seeds, averaged, out)

@@ -676,6 +676,27 @@ def tokenise(args, model, tokenizer, sets):
     return {key: part._replace(ids=new_ids[part.ids]) for key, part in encoded.items()}
 
 
+def place(model, device, compiled):
+    """Move the model to its device, and make it fast there."""
+    model.to(device)
+    if compiled:
+        torch.compiler.reset()
+        torch.compiler.config.recompile_limit = 64  # one row, evaluation, freezing: 8 are few
+        model.compile(dynamic=True)  # in place: after freezing it compiles itself anew
+    elif device.type == "cpu":
+        make_fast(model)
+
+
+def best_line(out, source):
+    """The epochs that the run's dev sets choose, in words."""
+    best = best_epochs(read_run(out)[1], source)
+    chosen = []
+    for name, dev_sets in ((source, f"dev {source}"), ("joint", "the others' dev")):
+        if name in best:
+            chosen.append(f"{best[name]} by {dev_sets}")
+    return ", ".join(chosen)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     args = parse_args(argv)
@@ -720,13 +741,7 @@ def main(argv=None):
             return 0
         sets = tokenise(args, model, tokenizer, sets)
         train_set = sets.pop(("train", args.train_language))
-        model.to(device)
-        if args.compile:
-            torch.compiler.reset()
-            torch.compiler.config.recompile_limit = 64  # one row, evaluation, freezing: 8 are few
-            model.compile(dynamic=True)  # in place: after freezing it compiles itself anew
-        elif device.type == "cpu":
-            make_fast(model)
+        place(model, device, args.compile)
         if rank == 0:
             batches = train_batches(train_set.lengths, args.batch_size, args.seed, 0)
             lines = model_lines(model, count, pretrained_pooler, readers, args.freeze_layers)
@@ -735,18 +750,13 @@ def main(argv=None):
             print(precision_line(dtype, args.precision, device, world))
         with closing(Log(out)) as log:
             number = fit(args, model, tokenizer, readers, train_set, sets, stop, log)
-        if rank > 0:
-            return 128 + number if number else 0
-        if number:
+        if number and rank == 0:
             print(f"to go on:\n{command}")
-            return 128 + number
-        finish_folder(out, "run.json")
-        best = best_epochs(read_run(out)[1], args.train_language)
-        chosen = []
-        for name, what in ((args.train_language, args.train_language), ("joint", "the others'")):
-            if name in best:
-                chosen.append(f"{best[name]} by dev {what}")
-        print(f"{out}: done; best epoch {', '.join(chosen)}")
+        elif rank == 0:
+            finish_folder(out, "run.json")
+            print(f"{out}: done; best epoch {best_line(out, args.train_language)}")
+    if number:
+        return 128 + number
     return 0
 
 

@@ -131,25 +131,3 @@ def revision(name):
     if folder != Path(name):
         return folder.name
     return " ".join(sha256(path) for path in sorted(folder.glob("*.safetensors")))
-
-
-def what_is_in(folder):
-    """What keeps a folder from being a model's, in words; None where nothing is seen."""
-    folder = Path(folder)
-    if folder.is_file():
-        return "it is a file: give the folder that holds it"
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            with open(path, "rb") as file:
-                start = file.read(40)
-            if start.startswith(b"version https://git-lfs"):
-                return (
-                    f"{path.name} is a pointer of Git LFS, not the file: run `git lfs pull` there"
-                )
-    if (folder / "config.json").exists():
-        return None
-    if folder.name.startswith("models--"):
-        return "it is the hub's cache of a model: give the folder snapshots/COMMIT in it"
-    for path in sorted(folder.glob("*/config.json")):
-        return f"it has no config.json, but {path.parent.name} in it has one: give that folder"
-    return "it has no config.json"

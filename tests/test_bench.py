@@ -1,4 +1,7 @@
-"""bench.py: what it counts, and that it runs; what it measures is for a quiet machine. Needs requirements-bench.txt."""
+"""bench.py: what it counts, and that it runs; what it measures is for a quiet machine.
+
+Needs requirements-bench.txt.
+"""
 
 import json
 import time
@@ -33,26 +36,15 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_training_is_timed_by_its_steps_alone(model_folder, monkeypatch):
-    """Five steps an epoch that take 20 ms more each; an evaluation that takes a second more does not count."""
+    """Five steps an epoch, each 20 ms longer; an evaluation a second longer does not count."""
     evaluate, rate = train.evaluate, train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda *args: time.sleep(0.02) or rate(*args))
     monkeypatch.setattr(train, "evaluate", lambda *args: time.sleep(1) or evaluate(*args))
-    rows = Rows(["my money"] * 33, ["order now"] * 33, [i % 3 for i in range(33)])
-    seconds, memory = bench.our_training(
-        model_folder,
-        rows,
-        8,
-        "fp32",
-        3,
-        "--head",
-        "pooler",
-        "--freeze-layers",
-        0,
-        "--freeze-epoch",
-        1,
-        "--max-length",
-        32,
-    )
+    texts = ["my money"] * 33, ["order now"] * 33
+    rows = Rows(*texts, [i % 3 for i in range(33)])
+    job = bench.Job("toy", model_folder, rows, 8, "fp32", repeats=1)
+    flags = "--head pooler --freeze-layers 0 --freeze-epoch 1 --max-length 32"
+    seconds, memory = bench.our_training(job, 3, *flags.split())
     assert len(seconds) == 3 and 5 * 0.02 < min(seconds) < 1 and memory > 0
 
 
@@ -65,45 +57,14 @@ def test_it_runs_and_writes_every_part(tmp_path, script, monkeypatch):
     rows = [f"my money {'please ' * (i % 7)}\torder now\t{labels[i % 3]}\n" for i in range(40)]
     (data / "train.en.tsv").write_text("text_a\ttext_b\tlabel\n" + "".join(rows))
     model = make_model(tmp_path / "model", blocks=8, max_position_embeddings=130)
-    status, out, error = script(
-        "experiments.bench",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "out",
-        "--rows",
-        33,
-        "--batch-size",
-        8,
-        "--search-rows",
-        60,
-        "--token-rows",
-        100,
-        "--repeats",
-        1,
-        "--precision",
-        "fp32",
-    )
+    flags = "--rows 33 --batch-size 8 --search-rows 60 --token-rows 100 --repeats 1"
+    flags = (*flags.split(), "--precision", "fp32", "--out", tmp_path / "out")
+    status, out, error = script("experiments.bench", "--model", model, "--data", data, *flags)
     assert status == 0, error
-    found = json.loads((tmp_path / "out/bench.json").read_text())
-    assert {row["goal"] for row in found["rows"]} == {
-        "9",
-        "3.5",
-        "0.65",
-        "20",
-        "1",
-        "6",
-        "1.25",
-        "0.5",
-        "1.6",
-        "",
-    }
-    assert all(row["ratio"] > 0 for row in found["rows"]) and out.count("(goal") == len(
-        found["rows"]
-    )
-    assert [row["work"] for row in found["rows"] if "frozen" in row["work"]] == [
-        "embeddings and lowest 4 frozen",
-        "embeddings and lowest 4 frozen, MC-BERT",
-    ]
+    rows = json.loads((tmp_path / "out/bench.json").read_text())["rows"]
+    goals = {"9", "3.5", "0.65", "20", "1", "6", "1.25", "0.5", "1.6", ""}
+    assert {row["goal"] for row in rows} == goals
+    assert all(row["ratio"] > 0 for row in rows) and out.count("(goal") == len(rows)
+    frozen = [row["work"] for row in rows if "frozen" in row["work"]]
+    both = ["embeddings and lowest 4 frozen", "embeddings and lowest 4 frozen, MC-BERT"]
+    assert frozen == both

@@ -382,6 +382,7 @@ def test_what_is_written_is_read_again_by_others_and_by_us(tmp_path):
         archives.write_columns(tmp_path / f"x.{form}", columns)
     for form in ("csv", "jsonl"):
         assert archives.read_columns(tmp_path / f"x.{form}")[0] == columns
+    assert (tmp_path / "x.csv").read_bytes()[:3] == b"\xef\xbb\xbf"  # for spreadsheets
     with open(tmp_path / "x.csv", encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [list(row.values()) for row in rows] == [list(row) for row in zip(*columns.values())]

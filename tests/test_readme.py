@@ -132,3 +132,63 @@ def test_every_command_of_the_readme_runs(tmp_path):
         )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert any(path.endswith("model.safetensors") for _, path, _ in hub.asked)
+
+
+def apply(block, folder):
+    """Apply a block of the README: runs of lines with - (and context) give way to those with +."""
+    title, *lines = block.splitlines()
+    path = folder / title.removeprefix("# ").partition(":")[0]
+    text = path.read_text(encoding="utf-8")
+    hunks = [[]]
+    for line in lines:
+        if hunks[-1] and hunks[-1][-1][0] == "+" and line[0] != "+":
+            hunks.append([])
+        hunks[-1].append(line)
+    for hunk in hunks:
+        old = "".join(line[1:] + "\n" for line in hunk if line[0] in "- ")
+        new = "".join(line[1:] + "\n" for line in hunk if line[0] in "+ ")
+        assert text.count(old) == 1, (path, old)
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_the_readmes_changes_apply_and_run(tmp_path, model_folder, data_folder):
+    place = tmp_path / "fork"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "tests", "sample", "experiments", "__pycache__"
+    )
+    shutil.copytree(ROOT, place, ignore=ignored)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 6
+    for block in blocks:
+        apply(block, place)
+    rows = [{"text": f"money {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (place / "rows.json").write_text(json.dumps(rows))
+    commands = f"""
+import data, extract, grid_search, train
+assert data.main("own --out own --train en=rows.json --text text --label label".split()) is None
+given = "--model {model_folder} --data {data_folder} --max-length 32 --out "
+extract.main((given + "f").split())
+grid_search.main(
+    "--features f --out g --layers 3 5 --poolings min cls --seeds 1 --epochs 2".split()
+)
+train.main(
+    (given + "r --layers 3 4 --pooling min --epochs 3 --max-train-rows 20").split()
+    + "--freeze-layers 1 2 --freeze-epoch 1".split()
+)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", commands],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    frozen = {}
+    for line in (place / "r/metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        frozen[row["epoch"]] = row["frozen_layers"]
+    assert frozen == {1: [], 2: [1], 3: [1, 2]}
