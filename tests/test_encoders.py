@@ -70,7 +70,7 @@ def test_states_are_those_of_transformers_whole_after_any_cut_and_loaded_again(
     expected = plain_states(folders[family], batch)
     assert len(expected) == BLOCKS + 1
     close(hidden_states(eval_encoder(folders[family]), batch)[0], expected)
-    for top in range(BLOCKS, -1, -1):
+    for top in (BLOCKS, 4, 1, 0):
         encoder = eval_encoder(folders[family])
         drop_pooler(encoder)
         count = top
