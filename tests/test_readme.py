@@ -91,18 +91,18 @@ def write_archives(folder):
 def commands():
     """The lines of all blocks, in their order, each python command with its small flags."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S):
-        for line in block.splitlines():
-            line = line.partition("  #")[0].strip()
-            if not line or line.startswith(SKIPPED):
-                continue
-            words = line.split()
-            if words[0] == "python":
-                small = SMALL.get(" ".join(words[1:3]), SMALL.get(words[1]))
-                assert small is not None, f"a command that this test does not know: {line}"
-                line = f"{line} {small}"
-            yield line
-    yield from re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```\n", text, re.M | re.S)
+    for line in "".join(block for language, block in blocks if not language).splitlines():
+        line = line.partition("  #")[0].strip()
+        if not line or line.startswith(SKIPPED):
+            continue
+        words = line.split()
+        if words[0] == "python":
+            small = SMALL.get(" ".join(words[1:3]), SMALL.get(words[1]))
+            assert small is not None, f"a command that this test does not know: {line}"
+            line = f"{line} {small}"
+        yield line
+    yield from (block for language, block in blocks if language == "python")
 
 
 # What runs them: each as `python SCRIPT ...` would, but in one process, for starting takes longest
@@ -175,7 +175,7 @@ def test_the_readmes_changes_apply_and_run(tmp_path, model_folder, data_folder):
     )
     shutil.copytree(ROOT, place, ignore=ignored)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^```diff\n(.*?)^```\n", text, re.M | re.S)
     assert len(blocks) == 6
     for block in blocks:
         apply(block, place)
