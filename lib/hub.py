@@ -116,13 +116,13 @@ def check_folder(folder):
         )
     if not (folder / "config.json").is_file():
         advice = ""
-        inner = sorted(folder.glob("*/config.json"))
+        inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
         if folder.is_file():
             advice = ": it is a file, give the folder that holds it"
+        elif inner:
+            advice = f"; did you mean {inner[0].parent}?"
         elif folder.name.startswith("models--"):
             advice = ", but the hub's cache of one: give the folder snapshots/COMMIT in it"
-        elif inner:
-            advice = f", but {inner[0].parent.name} in it has one: give that"
         raise UserError(f"{folder} is no model: it has no config.json{advice}")
     for path in [*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]:
         with open(path, "rb") as file:
