@@ -115,8 +115,14 @@ def check_folder(folder):
             "load: merge it first (peft's merge_and_unload) and save the whole encoder"
         )
     if not (folder / "config.json").is_file():
+        advice = ""
         inner = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
-        advice = f"; did you mean {inner[0].parent}?" if inner else ""
+        if folder.is_file():
+            advice = ": it is a file, give the folder that holds it"
+        elif inner:
+            advice = f"; did you mean {inner[0].parent}?"
+        elif folder.name.startswith("models--"):
+            advice = ", but the hub's cache of one: give the folder snapshots/COMMIT in it"
         raise UserError(f"{folder} is no model: it has no config.json{advice}")
     for path in [*folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]:
         with open(path, "rb") as file:

@@ -37,7 +37,7 @@ def run(hub, cache):
     """run("train.py", flag, ...) in a process of its own: (exit status, stdout, stderr)."""
 
     def call(script, *flags, **environment):
-        start = ["-m", script] if "/" not in script and not script.endswith(".py") else [script]
+        start = ["-m", script] if script.startswith("experiments.") else [script]
         done = subprocess.run(
             [sys.executable, *start, *map(str, flags)],
             cwd=ROOT,
@@ -194,28 +194,30 @@ def test_a_cache_that_another_program_filled_serves_offline(
     assert status == 0, err
 
 
-@pytest.mark.parametrize(
-    "name, environment, words",
-    [
-        ("acme/none", {}, "neither a folder here nor a model of the hub"),
-        ("acme/gated", {}, "gated: accept its terms"),
-        ("acme/broken", {}, "the download broke off"),
-        ("acme/empty", {}, "it lacks config.json or safetensors"),
-        ("acme/unseen", {"HF_HUB_OFFLINE": "1"}, "not in the hub's cache"),
-        ("acme//tiny", {}, "no name that a model of the hub can have"),
-    ],
-)
-def test_what_cannot_be_had_is_one_sentence(run, data_folder, tmp_path, name, environment, words):
-    status, _, err = run(
-        "extract.py",
-        "--model",
-        name,
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "out",
-        **environment,
-    )
-    last = err.strip().splitlines()[-1]
-    assert status == 2 and last.startswith("extract.py: error: ") and words in last and name in last
-    assert "Traceback" not in err and not (tmp_path / "out").exists()
+ABSENT = {
+    "acme/none": "neither a folder here nor a model of the hub",
+    "acme/gated": "gated: accept its terms",
+    "acme/broken": "the download broke off",
+    "acme/empty": "it lacks config.json or safetensors",
+    "acme//tiny": "no name that a model of the hub can have",
+}
+TRY = """
+import sys, extract
+from lib.messages import cli
+for name in sys.argv[1].split(","):
+    try:
+        cli(lambda: extract.main(["--model", name, "--data", sys.argv[2], "--out", sys.argv[3]]))
+    except SystemExit as stop:
+        print("status", stop.code, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_cannot_be_had_is_one_sentence(run, data_folder, tmp_path, offline):
+    expected = {"acme/unseen": "not in the hub's cache"} if offline else ABSENT
+    out, environment = tmp_path / "out", {"HF_HUB_OFFLINE": str(int(offline))}
+    status, _, err = run("-c", TRY, ",".join(expected), data_folder, out, **environment)
+    assert status == 0 and "Traceback" not in err and not out.exists()
+    said = [line for line in err.splitlines() if line.startswith(("-c: error: ", "status"))]
+    for (name, words), sentence, code in zip(expected.items(), said[::2], said[1::2], strict=True):
+        assert name in sentence and words in sentence and code == "status 2"

@@ -732,7 +732,7 @@ def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(
     monkeypatch.setattr(train, "save_state", lambda out, *_: after.append(kept(out)))
     text = fine_tune(tmp_path, model_folder, data_folder, QUICK, "--epochs 6 --track-test")
     assert list(map("".join, after)) == ["1", "12", "123", "1234", "12345", "12346"]
-    assert "best epoch 2 by dev en, 1 by dev the others'\n" in text
+    assert "best epoch 2 by dev en, 1 by the others' dev\n" in text
 
 
 def test_run_json_describes_the_run(frozen_run):
@@ -920,7 +920,7 @@ def test_the_others_are_all_but_the_source(flags, model_folder, german_data, tmp
     freezing = "--epochs 4 --freeze-layers 1 --freeze-epoch auto"
     text = fine_tune(tmp_path, model_folder, german_data, QUICK, freezing, flags)
     assert kept(tmp_path) == ["1", "2", "3", "4", "mean"]
-    assert "best epoch 3 by dev de, 2 by dev the others'" in text
+    assert "best epoch 3 by dev de, 2 by the others' dev" in text
     assert {row["epoch"] for row in metrics(tmp_path) if row["frozen_layers"]} == {4}
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["arguments"]["train_language"] == "de" and "train.de.tsv" in run["data"]
