@@ -31,16 +31,17 @@ demo: .venv/run
 test: .venv/test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(PY) -m pytest -n 2 --dist worksteal tests
+	$(PY) -m pytest -n 2 --dist worksteal tests --ignore tests/robustness
 
 format: .venv/test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# The long proofs: thirty kills, and 10,000 cases of broken input.
+# The long proofs: thirty kills, full disks, 10,000 cases of broken input, torch.compile.
 prove: export PROVE = 1
 prove: .venv/test
 	$(PY) -m pytest -n 2 --dist worksteal tests/robustness
+	$(PY) -m pytest tests/test_train.py -k compiled
 
 # The paper's eight conclusions. On XNLI: make claims DATA=data/xnli MODEL=bert-base-multilingual-uncased OUT=claims/xnli FLAGS=
 DATA ?= sample/intents14

@@ -91,6 +91,8 @@ def classify(folder, texts, batch_size=64, desc=None):
 
         labels, probabilities = classify("grid/tickets/model", ["wo ist mein geld"])
     """
+    if isinstance(texts, str):
+        raise UserError("classify() labels a list of texts, not one text")
     texts = list(texts)
     model = load(find_model(folder))
     settings = model.classifier.settings
@@ -342,6 +344,7 @@ def evaluate_system(system, split, protocols, batch_size):
                 found[protocol]["accuracy"][language] = float(answers.mean())
                 right[protocol].setdefault(language, {})[run.seed] = answers
         entry = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
+        # the first protocol's numbers stand flat, for the table
         entries.append(entry | found[protocols[0]] | {"protocols": found})
     means = {protocol: by_language(entries, protocol, np.mean) for protocol in protocols}
     entry = {"name": system.name, "train_language": system.source, "runs": entries}
@@ -486,9 +489,8 @@ def parse_args(argv):
             "--input labels your own text: leave out --data, --out, --max-rows, --baseline, "
             "--translate-train"
         )
-    if args.input is not None and (
-        args.predictions is None or len(args.runs + args.epoch) > 2 or args.epoch == ["oracle"]
-    ):
+    single = len(args.runs) == len(args.epoch) == 1 and args.epoch != ["oracle"]
+    if args.input is not None and (args.predictions is None or not single):
         parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
     return args
 

@@ -115,7 +115,7 @@ def forward(weights, x, scale=1.0, mask=1.0):
     layers, (bias, *head) = weights[: len(x)], weights[len(x) :]
     out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])  # (S, B, K, M)
     for layer, weight in enumerate(layers):
-        part = half(out, layer)
+        part = half(out, layer)  # a view: what is added to it is added to out
         part += torch.bmm(x[layer], weight.to(x.dtype)).view_as(part)
     out = out * scale + bias[:, None]
     if head:
@@ -362,7 +362,8 @@ def join_parts(parts, keys, seeds):
     """Micro-F1 and macro-F1 of all parts, (2, G, S, F), and the seconds they took."""
     scores, seconds = zip(*(part.read() for part in parts.values()))
     scores = np.array(scores)  # (P * R * S, F, 2, M)
-    scores = scores.reshape(-1, seeds, *scores.shape[1:]).transpose(3, 0, 4, 1, 2)
+    scores = scores.reshape(-1, seeds, *scores.shape[1:])  # (P * R, S, F, 2, M)
+    scores = scores.transpose(3, 0, 4, 1, 2)  # (2, P * R, M, S, F), M in list_keys()'s order
     return scores.reshape(2, keys, seeds, -1), sum(seconds)
 
 
@@ -682,8 +683,17 @@ def main(argv=None):
         precision = torch.float32
     recipe = Recipe(args.hidden, args.epochs, args.batch_size, args.dropout)
     layers, rates = sorted(args.layers), sorted(args.lr)
-    places = args.features, manifest, layers, source, files
-    plan = Plan(*places, recipe, args.scale, precision, device)
+    plan = Plan(
+        folder=args.features,
+        manifest=manifest,
+        layers=layers,
+        source=source,
+        files=files,
+        recipe=recipe,
+        scale=args.scale,
+        precision=precision,
+        device=device,
+    )
     description = {
         **recipe._asdict(),
         "seeds": args.seeds,

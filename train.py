@@ -70,6 +70,16 @@ from lib.run_log import Evaluation, Log, data_line, metric_rows, precision_line,
 from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
 
+# of run.json, when a run goes on; the dtype that --precision became is compared
+MAY_DIFFER = (
+    "model",
+    "data_folder",
+    "versions",
+    "command",
+    "arguments.precision",
+    "arguments.save_steps",
+    "arguments.keep_all",
+)
 LOG_STEPS = 10  # the processes add up what they count, and log it, every so many steps
 
 # --- the pieces of a step -------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     for epoch in range(step // per_epoch, args.epochs):
         batches = train_batches(train_set.lengths, args.batch_size, args.seed, epoch)
         for rows in batches[step - epoch * per_epoch :]:
-            # freezing on the go (paper, section 1.6)
+            # freezing on the go (paper, section 1.6); "auto" may fall due in the midst of an epoch
             if not frozen and freezing_is_due(args.freeze_epoch, epoch, metrics, source):
                 frozen = sorted(args.freeze_layers)
                 for parameter in freeze_layers(model.encoder, frozen, readers):
@@ -222,12 +232,12 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             stop_now = world == 1 and stop.number
             if not (evaluate_now or save_now or stop_now or step % LOG_STEPS == 0):
                 continue
-            loss, accuracy, stop_now = add_up(totals, stop.number)
-            if evaluate_now or save_now or not np.isfinite(loss):
-                check_finite(loss, model, step, args)
-            speed = log.train(step, loss, accuracy, rate)
+            mean_loss, accuracy, stop_now = add_up(totals, stop.number)
+            if evaluate_now or save_now or not np.isfinite(mean_loss):
+                check_finite(mean_loss, model, step, args)
+            speed = log.train(step, mean_loss, accuracy, rate)
             if evaluate_now:
-                scores = {("train", ""): (accuracy, loss)}
+                scores = {("train", ""): (accuracy, mean_loss)}
                 scores |= evaluate(model, sets, pad_id, dtype, args.max_length)
                 when = Evaluation(step / per_epoch, step, rate, frozen, speed)
                 metrics += metric_rows(scores, when)
@@ -286,7 +296,7 @@ def add_up(totals, signal_number):
         dist.all_reduce(totals)
     loss, right, rows, signalled = totals.tolist()
     if start_processes()[0] > 0:
-        totals.zero_()
+        totals.zero_()  # the first process holds them, and the next sum must not count them twice
     if signalled and not signal_number:  # another process got it
         signal_number = signal.SIGTERM
     return loss / rows, right / rows, signal_number
@@ -651,8 +661,7 @@ def describe(args, model, tokenizer, sets, dtype, command):
         "versions": versions(),
         "command": command,
     }
-    free = ("arguments.precision", "arguments.save_steps", "arguments.keep_all")
-    return description, ("model", "data_folder", "versions", "command", *free)
+    return description, MAY_DIFFER
 
 
 def command_line(argv, world):

@@ -355,6 +355,7 @@ def test_start_says_why_the_products_are_in_this_precision(flag, has, expected, 
     assert line == f"2 processes on cpu, {expected}"
 
 
+@pytest.mark.skipif("PROVE" not in os.environ, reason="half a minute: make prove")
 def test_compiled_is_the_same_run_before_and_after_freezing(
     model_folder, data_folder, tmp_path, monkeypatch
 ):
