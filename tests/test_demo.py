@@ -29,7 +29,7 @@ def demo_commands(out):
 
 
 def write_fewer(source, out, every):
-    """A data set folder's files with every so many of their rows, the same ones in each language."""
+    """A data set folder with every so many of its rows, the same ones in each language."""
     out.mkdir()
     for path in source.iterdir():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
