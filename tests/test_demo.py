@@ -15,7 +15,7 @@ from conftest import ROOT
 
 SHORTER = {  # so that the suite stays within its time; `make demo` runs them as they are
     "grid_search.py": "--epochs 3 --lr 1e-3",
-    "train.py": "--max-train-rows 500 --max-eval-rows 30",
+    "train.py": "--max-train-rows 500 --max-eval-rows 20",
     "evaluate.py": "--max-rows 60",
 }
 
@@ -43,7 +43,7 @@ def test_the_demo(tmp_path, monkeypatch):
     out, printed = tmp_path, {}
     monkeypatch.chdir(ROOT)
     fewer = tmp_path / "intents"
-    write_fewer(ROOT / "sample/intents", fewer, 4)
+    write_fewer(ROOT / "sample/intents", fewer, 6)
     for script, *arguments in demo_commands(out):
         arguments = [str(fewer) if word == "sample/intents" else word for word in arguments]
         arguments += shlex.split(SHORTER.get(script, ""))

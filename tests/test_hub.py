@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hub import COMMIT, Hub
 
+import train
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -51,121 +53,62 @@ def run(hub, cache):
     return call
 
 
-TRAIN = ("--layers", 2, 4, "--max-length", 32, "--epochs", 1, "--lr", 1e-3)
+CALLS = """
+import importlib, shlex, sys
+from lib.messages import cli
+for line in sys.argv[1:]:
+    name, *sys.argv[1:] = shlex.split(line)
+    sys.argv[0] = name
+    try:
+        cli(importlib.import_module(name.removesuffix(".py")).main)
+    except SystemExit as stop:
+        assert not stop.code, line
+"""
+TINY = "--layers 2 4 --max-length 32 --epochs 1 --lr 1e-3"
 
 
 def test_train_by_name_is_train_by_folder_bit_for_bit_and_again_offline(
     run, hub, data_folder, model_folder, tmp_path
 ):
-    status, out, err = run(
-        "train.py",
-        "--model",
-        "acme/tiny",
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "name",
-        *TRAIN,
-    )
+    command = f"train.py --model acme/tiny --data {data_folder} --out {tmp_path}"
+    status, out, err = run("-c", CALLS, f"{command}/name {TINY}", f"{command}/name {TINY}")
     assert status == 0, err
     assert "model.safetensors: 100%" in err  # a download shows its progress
+    assert "complete already" in out  # the same command again
     assert json.loads((tmp_path / "name/run.json").read_text())["revision"] == COMMIT
-    assert all(
-        path.startswith(("acme/tiny/resolve/", "api/models/acme/tiny")) for _, path, _ in hub.asked
-    )
-    downloads = [
-        path for method, path, _ in hub.asked if method == "GET" and path.endswith(".safetensors")
-    ]
+    downloads = []
+    for method, path, _ in hub.asked:
+        assert path.startswith(("acme/tiny/resolve/", "api/models/acme/tiny"))
+        if method == "GET" and path.endswith(".safetensors"):
+            downloads.append(path)
     assert len(downloads) == 1
 
-    assert (
-        run(
-            "train.py",
-            "--model",
-            model_folder,
-            "--data",
-            data_folder,
-            "--out",
-            tmp_path / "folder",
-            *TRAIN,
-        )[0]
-        == 0
-    )
+    command = command.removeprefix("train.py ").replace("acme/tiny", model_folder)
+    assert not train.main(f"{command}/folder {TINY}".split())
     for name in ("model.safetensors", "classifier.safetensors"):
-        assert (tmp_path / "name/epochs/1" / name).read_bytes() == (
-            tmp_path / "folder/epochs/1" / name
-        ).read_bytes()
+        by_name, by_folder = (tmp_path / made / "epochs/1" / name for made in ("name", "folder"))
+        assert by_name.read_bytes() == by_folder.read_bytes()
 
-    status, out, _ = run(
-        "train.py",
-        "--model",
-        "acme/tiny",
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "name",
-        *TRAIN,
-    )
-    assert status == 0 and "complete already" in out
-    status, out, err = run(
-        "train.py",
-        "--model",
-        "acme/tiny",
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "offline",
-        *TRAIN,
-        HF_HUB_OFFLINE="1",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
+    command = f"train.py --model acme/tiny --data {data_folder} --out {tmp_path}/offline {TINY}"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    status, out, err = run("-c", CALLS, command, **environment)
     assert status == 0 and "safetensors" not in err, err
     assert json.loads((tmp_path / "offline/run.json").read_text())["revision"] == COMMIT
 
 
 def test_extract_check_and_claims_by_name(run, data_folder, tmp_path):
+    given = f"--model acme/tiny --data {data_folder} --max-length 32 --out {tmp_path}"
     status, out, err = run(
-        "extract.py",
-        "--model",
-        "acme/tiny",
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "features",
-        "--max-length",
-        32,
+        "-c",
+        CALLS,
+        f"extract.py {given}/features",
+        f"data.py check {data_folder} --model acme/tiny",
+        f"experiments.claims {given}/claims --seeds 1 --epochs 1 --layers 2 4 --freeze-layers 3 "
+        "--freeze-epoch 0 --max-train-rows 16 --max-eval-rows 4",
     )
     assert status == 0, err
     assert json.loads((tmp_path / "features/manifest.json").read_text())["revision"] == COMMIT
-    status, out, _ = run("data.py", "check", data_folder, "--model", "acme/tiny")
-    assert status == 0 and "tokens" in out
-    status, out, err = run(
-        "experiments.claims",
-        "--model",
-        "acme/tiny",
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "claims",
-        "--seeds",
-        1,
-        "--epochs",
-        1,
-        "--layers",
-        2,
-        4,
-        "--freeze-layers",
-        3,
-        "--freeze-epoch",
-        0,
-        "--max-train-rows",
-        16,
-        "--max-eval-rows",
-        4,
-        "--max-length",
-        32,
-    )
-    assert status == 0 and (tmp_path / "claims/claims.md").exists(), err
+    assert "tokens" in out and (tmp_path / "claims/claims.md").exists()
 
 
 def test_a_cache_that_another_program_filled_serves_offline(

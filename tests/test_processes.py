@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -192,11 +193,10 @@ def test_only_one_process_speaks_and_all_stop_at_the_next_sum(both):
     text = both[2]
     assert text.count("2 processes on cpu, float32 products (as asked)") == 11
     assert text.count(": done; best epoch") == 7
-    stops = [line.split(",")[0] for line in text.splitlines() if line.startswith("stopped by")]
-    assert stops == [f"stopped by SIGTERM after step {step}" for step in (14, 8, 12)]
+    # anywhere in a line: two processes write to one pipe
+    assert re.findall(r"stopped by SIGTERM after step (\d+)", text) == ["14", "8", "12"]
     assert text.count("to go on:\ntorchrun --nproc-per-node 2 train.py") == 3
-    starts = [line for line in text.splitlines() if line.startswith("going on")]
-    assert starts == [f"going on after step {step}" for step in (14, 8, 12, 8)]
+    assert re.findall(r"going on after step (\d+)", text) == ["14", "8", "12", "8"]
 
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(both, script):
