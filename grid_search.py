@@ -75,7 +75,8 @@ class Recipe(NamedTuple):
 def half(full, layer):
     """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer).
 
-    A view. Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer.
+    A view. Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer. Of 3
+    layers, layer 1 is used by the models 2, 3, 6 and 7.
     """
     return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
