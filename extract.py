@@ -261,7 +261,7 @@ def main(argv=None):
     settings = Settings(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype, job)
     with lock(out, rank):
         complete = rank == 0 and start_folder(
-            out, "manifest.json", "extract.py", manifest | noted, noted, args.overwrite
+            out, "manifest.json", "extract.py", manifest | noted, tuple(noted), args.overwrite
         )
         if broadcast(complete):
             if rank == 0:

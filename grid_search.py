@@ -713,7 +713,7 @@ def main(argv=None):
         # 2. train what is not kept yet
         if rank == 0:
             described = description | noted
-            start_folder(out, "run.json", "grid_search.py", described, noted, args.overwrite)
+            start_folder(out, "run.json", "grid_search.py", described, tuple(noted), args.overwrite)
             where = f"{world} processes" if world > 1 else device
             print(f"{len(keys) * args.seeds:,} models, trained on {source}, on {where}")
             if select != args.select:
