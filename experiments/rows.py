@@ -18,6 +18,7 @@ Needs scikit-learn (requirements-bench.txt).
 import argparse
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -123,19 +124,26 @@ def run_rows(args, rows, language, languages):
     )[None]
 
     # fine-tuning
-    epochs = max(5, math.ceil(args.steps / math.ceil(rows / 32)))
-    seeds = []
+    batch = min(32, max(8, rows // 10))
+    epochs = max(5, math.ceil(args.steps / math.ceil(rows / batch)))
+    runs = []
     for seed in range(args.seeds):
-        run = folder / "runs" / f"mc-bert-seed{seed}"
-        flags = ["--model", args.model, "--data", str(data), "--out", str(run), "--lr", args.lr]
-        flags += ["--epochs", epochs, "--seed", seed, "--max-eval-rows", 20, "--save-steps", 0]
-        taken = seconds_of(
-            folder / f"run{seed}.json", lambda flags=flags: train.main(list(map(str, flags)))
+        run, kept = folder / "runs" / f"mc-bert-seed{seed}", folder / f"run{seed}.npy"
+        flags = ["--model", args.model, "--data", data, "--out", run, "--lr", args.lr]
+        flags += ["--batch-size", batch, "--epochs", epochs, "--seed", seed]
+        flags += ["--max-eval-rows", 20, "--save-steps", 0]
+        words = [str(flag) for flag in flags]
+        seconds["fine-tuned"] = seconds_of(
+            folder / f"run{seed}.json", lambda words=words: train.main(words)
         )
-        seconds["fine-tuned"] = taken
-        seeds.append(correctness(label_with(run / "epochs" / str(epochs))))
-    if seeds:
-        right["fine-tuned"] = np.stack(seeds)
+        if not kept.exists():
+            answers = correctness(label_with(run / "epochs" / str(epochs)))
+            with write_atomic(kept, "wb") as file:
+                np.save(file, answers)
+            shutil.rmtree(run / "epochs")  # a model an epoch, and the epochs are many
+        runs.append(np.load(kept))
+    if runs:
+        right["fine-tuned"] = np.stack(runs)
     return right, seconds, group_numbers(sets[language])
 
 
