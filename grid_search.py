@@ -16,8 +16,8 @@ Paper   sections 1.1 (phase one) and 1.5; conclusions 3, 4 and 5. 255 combinatio
 All models of one pooling and rate train together. With L layers, the M = 2^L subsets are numbered
 in binary: model m has layer l if bit l of m is set (model 0 has none and is not reported). Their
 weights for layer l stand side by side in one matrix, so that a step is L matrix products, whatever
-M is, and none is spent on a layer that a model does not use. half() alone knows which column is
-which model's; one_model() takes one out.
+M is, and none is spent on a layer that a model does not use. users() says which models these are,
+half() is where their logits stand, and one_model() takes one of them out.
 
 Letters as in model.py and lib/scores.py; also K, what a product puts out: H hidden units, or the C
 classes where there is no hidden layer.
@@ -72,11 +72,16 @@ class Recipe(NamedTuple):
 # --- the models -----------------------------------------------------------------------------------
 
 
-def half(full, layer):
-    """The half of (S, B, K, M) whose models use a layer: (S, B, K, M / 2^(layer+1), 2^layer).
+def users(layer, layers):
+    """The numbers of the models that use a layer, of `layers` layers: layer 1 of 3 is used by the
+    models 2, 3, 6 and 7. (M/2,), the order of the columns of the layer's weights."""
+    return [m for m in range(2**layers) if m >> layer & 1]
 
-    A view. Seen as (..., 2, 2, ..., 2), the last dimension has an axis a layer. Of 3
-    layers, layer 1 is used by the models 2, 3, 6 and 7.
+
+def half(full, layer):
+    """What (S, B, K, M) holds of users(layer): (S, B, K, M / 2^(layer+1), 2^layer), a view.
+
+    Seen as (..., 2, 2, ..., 2), the last dimension has an axis for each layer.
     """
     return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
@@ -98,8 +103,8 @@ def initial_weights(generators, layers, size, classes, hidden, dtype):
     scale = 1 / (torch.tensor(used, dtype=dtype, device=device) * size).sqrt()  # (M,)
     weights = []
     for layer in range(layers):
-        scale_of_users = half(scale[None, None, None], layer).flatten()  # (M/2,)
-        weights.append((uniform(size, units)[..., None] * scale_of_users).flatten(2))
+        columns = uniform(size, units)[..., None] * scale[users(layer, layers)]  # (S, D, K, M/2)
+        weights.append(columns.flatten(2))
     weights.append(uniform(units)[..., None] * scale)
     if hidden:
         for shape in ((hidden, classes), (classes,)):
@@ -196,9 +201,9 @@ def one_model(weights, layers, combination, seed):
     parts = []
     for layer in combination:
         l = layers.index(layer)
-        users = [m for m in range(2 ** len(layers)) if m >> l & 1]  # in half()'s order
-        columns = weights[l][seed].unflatten(1, (-1, len(users)))  # (D, K, M/2)
-        parts.append(columns[:, :, users.index(number)])
+        models = users(l, len(layers))
+        columns = weights[l][seed].unflatten(1, (-1, len(models)))  # (D, K, M/2)
+        parts.append(columns[:, :, models.index(number)])
     bias, *head = [weight[seed, ..., number] for weight in weights[len(layers) :]]
     model = nn.Sequential(linear(torch.cat(parts), bias))
     if head:
@@ -238,17 +243,49 @@ def f1_scores(weights, features, labels, classes, chunk=512):
 
 
 class Plan(NamedTuple):
-    """What all the parts of a grid have in common."""
+    """What is searched."""
 
     folder: str  # of the features
     manifest: dict
-    layers: list  # to combine, in order
     source: str  # the language trained on
     files: list  # tested on, as dev.de, in the order of results.csv
+    layers: list  # to combine, in order
+    poolings: list
+    rates: list  # in order
+    seeds: int
     recipe: Recipe
     scale: str  # "layer" or "none"
     precision: torch.dtype  # of the products
     device: torch.device
+
+    @property
+    def keys(self):
+        """All models but for their seed, (pooling, layers, lr): the order of results.csv."""
+        combinations = []
+        for m in range(1, 2 ** len(self.layers)):  # model 0 has no layer
+            combinations.append(tuple(layer for l, layer in enumerate(self.layers) if m >> l & 1))
+        keys = product(self.poolings, self.rates, combinations)
+        return [(pooling, combination, lr) for pooling, lr, combination in keys]
+
+    @property
+    def steps(self):
+        """Optimizer steps of one pooling and rate."""
+        rows = self.manifest["inputs"][f"train.{self.source}.tsv"]["rows"]
+        return math.ceil(rows / self.recipe.batch_size) * self.recipe.epochs
+
+    def description(self):
+        """What defines the search's scores, for run.json."""
+        return {
+            **self.recipe._asdict(),
+            "seeds": self.seeds,
+            "layers": self.layers,
+            "poolings": self.poolings,
+            "lr": self.rates,
+            "scale": self.scale,
+            "train_language": self.source,
+            "precision": str(self.precision).removeprefix("torch."),
+            "manifest": sha256(Path(self.folder) / "manifest.json"),
+        }
 
 
 def load_features(plan, pooling, stem):
@@ -302,23 +339,13 @@ class Part(NamedTuple):
             np.savez(file, of=self.of, scores=scores, seconds=seconds)
 
 
-def list_parts(out, description):
-    """All parts of the search that a description is of: {(pooling, lr, seed): Part}."""
-    seeds = range(description["seeds"])
-    parts = {}
-    for job in product(description["poolings"], description["lr"], seeds):
+def list_parts(plan, out):
+    """All parts of a search: {(pooling, lr, seed): Part}."""
+    description, parts = plan.description(), {}
+    for job in product(plan.poolings, plan.rates, range(plan.seeds)):
         path = out / "parts" / "{}.{}.{}.npz".format(*job)
         parts[job] = Part(path, json.dumps([description, job]))
     return parts
-
-
-def list_keys(poolings, rates, layers):
-    """All models but for their seed, by (pooling, layers, lr), in the order of the parts'."""
-    combinations = []
-    for m in range(1, 2 ** len(layers)):
-        combinations.append(tuple(layer for l, layer in enumerate(layers) if m >> l & 1))
-    keys = product(poolings, rates, combinations)
-    return [(pooling, combination, lr) for pooling, lr, combination in keys]
 
 
 def train_group(plan, pooling, lr, seeds, progress):
@@ -342,7 +369,7 @@ def search(plan, parts):
     for pooling, lr, seed in todo[rank::world]:
         groups.setdefault((pooling, lr), []).append(seed)
     classes = len(plan.manifest["labels"])
-    with progress_bar(total=steps(plan) * len(groups), unit="step", disable=rank > 0) as bar:
+    with progress_bar(total=plan.steps * len(groups), unit="step", disable=rank > 0) as bar:
         for (pooling, lr), seeds in groups.items():
             bar.set_description(f"{pooling}, lr {lr:g}")
             start = time.perf_counter()
@@ -359,19 +386,13 @@ def search(plan, parts):
     broadcast()  # all parts are there
 
 
-def join_parts(parts, keys, seeds):
+def join_parts(plan, parts):
     """Micro-F1 and macro-F1 of all parts, (2, G, S, F), and the seconds they took."""
     scores, seconds = zip(*(part.read() for part in parts.values()))
     scores = np.array(scores)  # (P * R * S, F, 2, M)
-    scores = scores.reshape(-1, seeds, *scores.shape[1:])  # (P * R, S, F, 2, M)
-    scores = scores.transpose(3, 0, 4, 1, 2)  # (2, P * R, M, S, F), M in list_keys()'s order
-    return scores.reshape(2, keys, seeds, -1), sum(seconds)
-
-
-def steps(plan):
-    """Optimizer steps of one pooling and rate."""
-    rows = plan.manifest["inputs"][f"train.{plan.source}.tsv"]["rows"]
-    return math.ceil(rows / plan.recipe.batch_size) * plan.recipe.epochs
+    scores = scores.reshape(-1, plan.seeds, *scores.shape[1:])  # (P * R, S, F, 2, M)
+    scores = scores.transpose(3, 0, 4, 1, 2)  # (2, P * R, M, S, F)
+    return scores.reshape(2, -1, plan.seeds, len(plan.files)), sum(seconds)
 
 
 # --- the chosen combination -----------------------------------------------------------------------
@@ -409,15 +430,15 @@ def choose_seeds(results, chosen, select, hidden):
     return [best], f"the classifier of seed {best}, the best by {select}"
 
 
-def write_chosen(plan, key, seeds, averaged, out):
+def write_chosen(plan, key, averaged, out):
     """Train the chosen combination's pooling and rate once more, which gives the same models.
 
     Writes confusion.LANG.csv, the counts added up over the seeds. Returns the mean_classifier() of
     the seeds `averaged`, and how often it labels otherwise than the mean of their logits, in words.
     """
     pooling, combination, lr = key
-    with progress_bar(total=steps(plan), unit="step", desc="the chosen one again") as bar:
-        weights, scale = train_group(plan, pooling, lr, range(seeds), bar.update)
+    with progress_bar(total=plan.steps, unit="step", desc="the chosen one again") as bar:
+        weights, scale = train_group(plan, pooling, lr, range(plan.seeds), bar.update)
     classifier = mean_classifier(plan, combination, weights, scale, averaged)
     number = model_number(plan.layers, combination)
     places = [plan.layers.index(layer) for layer in combination]
@@ -667,71 +688,65 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    out, device = Path(args.out), pick_device()
-    rank, world = start_processes()
-    # 1. what there is to train on, to test on and to choose by
+def make_plan(args):
+    """What the flags ask for. UserError where the features do not hold it."""
     manifest = read_manifest(args.features, args.layers, args.poolings)
     source, files = choose_files(args.features, manifest, args.train_language)
-    columns = [stem.replace(".", "_", 1) for stem in files]
-    select = choose_protocol(args.select, columns, source)
-    save = args.save_model or (out / "model").exists()  # which must not be of another choice
-    if save:
-        check_encoder(args.features)
+    device = pick_device()
     precision = pick_precision(args.precision, device)
     if precision == torch.float16:  # what "auto" is on older GPUs: its range is too small here
         precision = torch.float32
-    recipe = Recipe(args.hidden, args.epochs, args.batch_size, args.dropout)
-    layers, rates = sorted(args.layers), sorted(args.lr)
-    plan = Plan(
+    return Plan(
         folder=args.features,
         manifest=manifest,
-        layers=layers,
         source=source,
         files=files,
-        recipe=recipe,
+        layers=sorted(args.layers),
+        poolings=args.poolings,
+        rates=sorted(args.lr),
+        seeds=args.seeds,
+        recipe=Recipe(args.hidden, args.epochs, args.batch_size, args.dropout),
         scale=args.scale,
         precision=precision,
         device=device,
     )
-    description = {
-        **recipe._asdict(),
-        "seeds": args.seeds,
-        "layers": layers,
-        "poolings": args.poolings,
-        "lr": rates,
-        "scale": args.scale,
-        "train_language": source,
-        "precision": str(precision).removeprefix("torch."),
-        "manifest": sha256(Path(args.features) / "manifest.json"),
-    }
-    keys = list_keys(args.poolings, rates, layers)
-    parts = list_parts(out, description)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, (rank, world) = Path(args.out), start_processes()
+    # 1. what there is to train on, to test on and to choose by
+    plan = make_plan(args)
+    columns = [stem.replace(".", "_", 1) for stem in plan.files]
+    select = choose_protocol(args.select, columns, plan.source)
+    save = args.save_model or (out / "model").exists()  # which must not be of another choice
+    if save:
+        check_encoder(args.features)
+    keys, parts = plan.keys, list_parts(plan, out)
     noted = {"features": args.features, "versions": versions()}
     with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
         # 2. train what is not kept yet
         if rank == 0:
-            described = description | noted
+            described = plan.description() | noted
             start_folder(out, "run.json", "grid_search.py", described, tuple(noted), args.overwrite)
-            where = f"{world} processes" if world > 1 else device
-            print(f"{len(keys) * args.seeds:,} models, trained on {source}, on {where}")
+            where = f"{world} processes" if world > 1 else plan.device
+            print(f"{len(keys) * plan.seeds:,} models, trained on {plan.source}, on {where}")
             if select != args.select:
-                print(f"no other language has a dev file: the choice is by that of {source}")
+                print(f"no other language has a dev file: the choice is by that of {plan.source}")
         broadcast()
         search(plan, parts)
         if rank > 0:
             return 0
         # 3. rank all
-        scores, seconds = join_parts(parts, len(keys), args.seeds)
-        results = Results(keys, columns, source, *scores)
+        scores, seconds = join_parts(plan, parts)
+        results = Results(keys, columns, plan.source, *scores)
         write_results(out, results, args.hidden)
-        chosen = write_best(out, results, select, args.hidden, manifest.get("model"))
+        chosen = write_best(out, results, select, args.hidden, plan.manifest.get("model"))
         text = summary(results, select, args.hidden, seconds)
         write_text(out / "summary.md", text)
         # 4. train the chosen combination once more
         averaged, made = choose_seeds(results, chosen, select, args.hidden)
-        classifier, note = write_chosen(plan, keys[chosen], args.seeds, averaged, out)
+        classifier, note = write_chosen(plan, keys[chosen], averaged, out)
         if save:
             save_chosen(plan, keys[chosen], classifier, out / "model")
             print(f"{out}/model: {made}; {note}")

@@ -38,7 +38,7 @@ from lib.tables import joined, markdown_table
 
 
 def read_plan(folder):
-    """The Plan of a grid folder, tested on the other languages' test files; and its seeds."""
+    """The Plan of a grid folder, tested on the other languages' test files."""
     run = read_json(folder / "run.json", "grid_search.py", ("features", "seeds", "precision"))
     manifest = read_manifest(run["features"], run["layers"], run["poolings"])
     source = run["train_language"]
@@ -47,10 +47,20 @@ def read_plan(folder):
         split, language, _ = name.split(".")
         if split == "test" and language != source:
             files.append(f"test.{language}")
-    recipe = Recipe(*(run[field] for field in Recipe._fields))
-    precision = getattr(torch, run["precision"])
-    places = run["features"], manifest, run["layers"], source, files
-    return Plan(*places, recipe, run["scale"], precision, pick_device()), run["seeds"]
+    return Plan(
+        folder=run["features"],
+        manifest=manifest,
+        source=source,
+        files=files,
+        layers=run["layers"],
+        poolings=run["poolings"],
+        rates=run["lr"],
+        seeds=run["seeds"],
+        recipe=Recipe(*(run[field] for field in Recipe._fields)),
+        scale=run["scale"],
+        precision=getattr(torch, run["precision"]),
+        device=pick_device(),
+    )
 
 
 def correctness(plan, weights, scale, pooling):
@@ -66,7 +76,7 @@ def correctness(plan, weights, scale, pooling):
 
 def main():
     folder = Path(sys.argv[1])
-    plan, seeds = read_plan(folder)
+    plan = read_plan(folder)
     grid, _, best = read_grid(folder)
     at_best = at_best_rate(grid, best)
 
@@ -89,7 +99,7 @@ def main():
     right, by_pooling = {}, {}
     groups = sorted({(pooling, lr) for pooling, _, lr in keys})
     for pooling, lr in progress_bar(iterable=groups):
-        weights, scale = train_group(plan, pooling, lr, range(seeds), lambda: None)
+        weights, scale = train_group(plan, pooling, lr, range(plan.seeds), lambda: None)
         answers = correctness(plan, weights, scale, pooling)
         numbers = [model_number(plan.layers, key[1]) for key in keys if key[::2] == (pooling, lr)]
         sums = by_pooling.setdefault(pooling, [0, 0])
