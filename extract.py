@@ -35,7 +35,15 @@ from data import (
     tokenizer_identity,
     train_language,
 )
-from lib.devices import autocast, broadcast, pick_device, pick_precision, start_processes, to_device
+from lib.devices import (
+    autocast,
+    broadcast,
+    describe_device,
+    pick_device,
+    pick_precision,
+    start_processes,
+    to_device,
+)
 from lib.encoders import (
     blocks,
     check_length,
@@ -229,7 +237,7 @@ def describe_inputs(data, sets):
 def main(argv=None):
     args = parse_args(argv)
     out, device = Path(args.out), pick_device()
-    rank, world = start_processes()
+    rank, _ = start_processes()
     dtype = pick_precision(args.precision, device)
     # 1. the data and the encoder
     labels = read_labels(args.data)
@@ -270,11 +278,10 @@ def main(argv=None):
         # 3. the forward passes
         total = sum(len(rows.labels) for rows in sets.values())
         if rank == 0:
-            where = f"{world} processes" if world > 1 else device
             print(
                 f"{total:,} rows in {len(sets)} files -> {len(manifest['layers'])} layers x "
                 f"{len(POOLINGS)} poolings x {manifest['hidden_size']}, {args.dtype}, "
-                f"{manifest['precision']} products on {where}"
+                f"{manifest['precision']} products on {describe_device()}"
             )
         advice = f"--batch-size {args.batch_size} is too much, try {max(1, args.batch_size // 2)}"
         with out_of_memory(advice):

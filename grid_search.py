@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import load_tokenizer, tokenizer_identity
-from lib.devices import broadcast, pick_device, pick_precision, start_processes
+from lib.devices import broadcast, describe_device, pick_device, pick_precision, start_processes
 from lib.encoders import cut_after, drop_pooler, load_encoder
 from lib.folders import (
     finish_folder,
@@ -714,7 +714,7 @@ def make_plan(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, (rank, world) = Path(args.out), start_processes()
+    out, (rank, _) = Path(args.out), start_processes()
     # 1. what there is to train on, to test on and to choose by
     plan = make_plan(args)
     columns = [stem.replace(".", "_", 1) for stem in plan.files]
@@ -729,8 +729,8 @@ def main(argv=None):
         if rank == 0:
             described = plan.description() | noted
             start_folder(out, "run.json", "grid_search.py", described, tuple(noted), args.overwrite)
-            where = f"{world} processes" if world > 1 else plan.device
-            print(f"{len(keys) * plan.seeds:,} models, trained on {plan.source}, on {where}")
+            print(f"{len(keys) * plan.seeds:,} models on {describe_device()}")
+            print(f"trained on {plan.source}, chosen by {select}")
             if select != args.select:
                 print(f"no other language has a dev file: the choice is by that of {plan.source}")
         broadcast()

@@ -1,6 +1,6 @@
 """The figures: what the search found, how fine-tuning went, which classes are confused.
 
-    python plot.py grid        grid/massive --out figures  # search-ranking, -single, -rates
+    python plot.py grid        grid/massive --out figures  # search-ranking, search-single
     python plot.py confusion   grid/massive --out figures  # confusion
     python plot.py training    runs/*       --out figures  # training-dev (-test with --split test)
     python plot.py differences results/xnli --out figures  # differences
@@ -9,7 +9,7 @@ Reads   GRID/results.csv and best.json, GRID/confusion.*.csv; RUN/metrics.jsonl 
         RESULTS/results.json of evaluate.py. Of a search over several learning rates each
         combination stands at its own best, as in its summary.
 Writes  OUT/NAME.png, 300 dots an inch, as wide as a column or a page of a paper; colours that
-        colour-blind readers can tell. With --tensorboard DIR the figures go there too.
+        colour-blind readers can tell.
 Paper   Figure 5; conclusions 1 and 3 to 6.
 """
 
@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.folders import read_grid, read_json, read_run, write_atomic
 from lib.messages import UserError, cli
-from lib.scores import at_best_rate, group_runs, spread
+from lib.scores import at_best_rate, group_runs, mean_accuracies, spread
 from lib.tables import paper_order
 
 COLUMN, PAGE = 3.4, 7.0  # inches
@@ -79,16 +79,11 @@ def panels(count, columns, height):
     return figure, axes
 
 
-def save(figure, out, name, tensorboard):
-    """Write a figure as OUT/NAME.png, and into TensorBoard where a folder is given."""
+def save(figure, out, name):
+    """Write a figure as OUT/NAME.png."""
     path = Path(out) / f"{name}.png"
     with write_atomic(path, "wb") as file:
         figure.savefig(file, format="png")
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
-
-        with SummaryWriter(tensorboard) as writer:
-            writer.add_figure(name, figure, close=False)
     print(path)
 
 
@@ -102,13 +97,10 @@ def plot_grid(folder):
     split = ranked[0].split("_")[0]
     languages = paper_order(c.split("_", 1)[1] for c in columns if c.startswith(f"{split}_"))
     at_best = {key: entry for key, (_, entry) in at_best_rate(grid, best).items()}
-    figures = {
+    return {
         "search-ranking": draw_ranking(at_best, ranked, label),
         "search-single": draw_single(at_best, split, languages),
     }
-    if len({lr for _, _, lr in grid}) > 1:
-        figures["search-rates"] = draw_rates(grid, ranked, label)
-    return figures
 
 
 def ranked_columns(columns, source):
@@ -168,32 +160,6 @@ def draw_single(entries, split, languages):
         axis.set(title=pooling, xlabel="single layer", xticks=layers)
     axes[0].set_ylabel(f"micro-F1 on {split} (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def draw_rates(grid, ranked, label):
-    """How the ranking depends on the learning rate; summary.md names the best.
-
-    grid: {(pooling, layers, lr): {column: (S,)}}; ranked: the columns whose mean counts.
-    """
-    figure = Figure(figsize=(PAGE, 2.5))
-    axis = figure.subplots()
-    lines = {f"all combinations: {pooling}": {} for pooling in poolings_of(grid)}
-    lines |= {"best combination": {}, "best single layer": {}}  # {rate: [their scores]} of each
-    for (pooling, layers, rate), entry in grid.items():
-        score = mean_score(entry, ranked).mean()
-        names = [f"all combinations: {pooling}", "best combination"]
-        if len(layers) == 1:
-            names.append("best single layer")
-        for name in names:
-            lines[name].setdefault(rate, []).append(score)
-    rates = sorted({rate for _, _, rate in grid})
-    for i, (name, scores) in enumerate(lines.items()):
-        height = max if name.startswith("best") else np.mean
-        axis.plot([height(scores[rate]) for rate in rates], label=name, **look(i))
-    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axis.set(xlabel="learning rate of the classifiers", ylabel=label)
-    figure.legend(loc="outside right center")
     return figure
 
 
@@ -260,20 +226,16 @@ def plot_training(folders, split):
 
 def curves_of(rows, split, languages, source):
     """The panels of a run, {title: {epoch: percent}}, from the rows of its metrics.jsonl."""
-    curves = {language: accuracy_by_epoch(rows, split, [language]) for language in languages}
+    sets = {language: (split, [language]) for language in languages}
     if len(languages) > 2:
         others = [language for language in languages if language != source]
-        curves["mean of all but the source"] = accuracy_by_epoch(rows, split, others)
-    return curves | {"train": accuracy_by_epoch(rows, "train", [""])}
-
-
-def accuracy_by_epoch(rows, split, languages):
-    """{epoch: percent}, the mean over some languages, of the rows of metrics.jsonl."""
-    by_epoch = {}
-    for row in rows:
-        if row["split"] == split and row["language"] in languages:
-            by_epoch.setdefault(row["epoch"], []).append(100 * row["accuracy"])
-    return {epoch: np.mean(values) for epoch, values in by_epoch.items()}
+        sets["mean of all but the source"] = split, others
+    sets["train"] = "train", [""]
+    curves = {}
+    for title, (split, members) in sets.items():
+        means = mean_accuracies(rows, split, members)
+        curves[title] = {epoch: 100 * mean for epoch, mean in means.items()}
+    return curves
 
 
 def draw_curves(axis, curves, i, name):
@@ -370,7 +332,6 @@ def parse_args(argv):
         else:
             add("folder", help=folder)
         add("--out", required=True, help="folder for the figures")
-        add("--tensorboard", metavar="DIR", help="write them as TensorBoard events there too")
     return parser.parse_args(argv)
 
 
@@ -382,7 +343,7 @@ def main(argv=None):
         else:
             figures = PLOTS[args.command](args.folder)
         for name, figure in figures.items():
-            save(figure, args.out, name, args.tensorboard)
+            save(figure, args.out, name)
     return 0
 
 

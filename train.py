@@ -275,7 +275,9 @@ def evaluate(model, sets, pad_id, dtype, max_length):
     """
     scores = {}
     for (split, language), encoded in sets.items():
-        desc = f"{split} {language}" if start_processes()[0] == 0 else None
+        desc = None  # no progress bar
+        if start_processes()[0] == 0:
+            desc = f"{split} {language}"
         batches = eval_batches(encoded, pad_id, max_length)
         logits = torch.from_numpy(predict(model, batches, len(encoded.labels), dtype, desc))
         labels = torch.from_numpy(encoded.labels)
@@ -385,14 +387,26 @@ def save_epoch(model, tokenizer, folder, epoch, keep_all, best):
 # --- setting up -----------------------------------------------------------------------------------
 
 
-def build_model(name, settings, encoder_dropout, seed):
+def build_model(args, labels, pairs):
     """The model to train, the encoder's number of blocks, whether its pooler is pretrained, and
-    parameter_layers().
+    parameter_layers(). args: the flags; pairs: whether the data set is of pairs.
 
     The encoder is cut after the highest pooled layer: no gradient would reach what is above.
     """
-    torch.manual_seed(seed)  # the first weights of whatever the file does not hold
-    encoder, pretrained_pooler = load_encoder(name)
+    settings = Settings(
+        labels=labels,
+        head=args.head,
+        layers=args.layers,
+        pooling=args.pooling,
+        combine=args.combine,
+        dropout=args.dropout,
+        hidden=args.hidden,
+        pairs=pairs,
+        max_length=args.max_length,
+        precision=args.precision,
+    )
+    torch.manual_seed(args.seed)  # the first weights of whatever the file does not hold
+    encoder, pretrained_pooler = load_encoder(args.model)
     count = top = len(blocks(encoder))
     if settings.head == "layers":
         check_layers(settings.layers, count, "--layers")
@@ -405,11 +419,11 @@ def build_model(name, settings, encoder_dropout, seed):
         read_by_head = settings.head == "pooler" and parameter_name.startswith("pooler.")
         if parameter_name not in readers and not read_by_head:
             parameter.requires_grad = False
-    if encoder_dropout is not None:
+    if args.encoder_dropout is not None:
         for module in encoder.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = encoder_dropout
-    torch.manual_seed(seed)
+                module.p = args.encoder_dropout
+    torch.manual_seed(args.seed)
     return Classifier(encoder, settings), count, pretrained_pooler, readers
 
 
@@ -644,10 +658,10 @@ def read_data(args):
 
 
 def describe(args, model, tokenizer, sets, dtype, command):
-    """What defines the run, for run.json; and the keys of it that may differ when it goes on."""
+    """What defines the run, for run.json."""
     settings = model.settings
     paths = ("model", "data", "out", "overwrite", "layers_from")  # what is in them is compared
-    description = {
+    return {
         "arguments": {key: value for key, value in vars(args).items() if key not in paths},
         "revision": revision(args.model),
         "tokenizer": tokenizer_identity(tokenizer),
@@ -661,7 +675,6 @@ def describe(args, model, tokenizer, sets, dtype, command):
         "versions": versions(),
         "command": command,
     }
-    return description, MAY_DIFFER
 
 
 def command_line(argv, world):
@@ -716,33 +729,20 @@ def main(argv=None):
     args.train_language = train_language(args.data, args.train_language)
     labels, sets = read_data(args)
     tokenizer = load_tokenizer(args.model)
-    settings = Settings(
-        labels=labels,
-        head=args.head,
-        layers=args.layers,
-        pooling=args.pooling,
-        combine=args.combine,
-        dropout=args.dropout,
-        hidden=args.hidden,
-        pairs=sets["train", args.train_language].text_b is not None,
-        max_length=args.max_length,
-        precision=args.precision,
-    )
-    model, count, pretrained_pooler, readers = build_model(
-        args.model, settings, args.encoder_dropout, args.seed
-    )
+    pairs = sets["train", args.train_language].text_b is not None
+    model, count, pretrained_pooler, readers = build_model(args, labels, pairs)
     check_length(model.encoder, args.max_length)
     check_layers(args.freeze_layers, count, "--freeze-layers")
 
     # the run folder, which may hold a part of this run already
     out, command = Path(args.out), command_line(argv, world)
-    description, ignored = describe(args, model, tokenizer, sets, dtype, command)
+    description = describe(args, model, tokenizer, sets, dtype, command)
     defaults = {"arguments": vars(parse_args(["--model", "", "--data", "", "--out", ""]))}
     smaller = f"--accumulate {2 * args.accumulate} (and --overwrite)"
     advice = f"with {smaller} the gradient is the same in half the memory"
     with lock(out, rank), out_of_memory(advice), StopSignal() as stop:
         complete = rank == 0 and start_folder(
-            out, "run.json", "train.py", description, ignored, args.overwrite, defaults
+            out, "run.json", "train.py", description, MAY_DIFFER, args.overwrite, defaults
         )
         if broadcast(complete):
             if rank == 0:
@@ -756,7 +756,7 @@ def main(argv=None):
             lines = model_lines(model, count, pretrained_pooler, readers, args.freeze_layers)
             print(*lines, sep="\n")
             print(data_line(model, batches, train_set.lengths))
-            print(precision_line(dtype, args.precision, device, world))
+            print(precision_line(dtype, args.precision))
         with closing(Log(out)) as log:
             number = fit(args, model, tokenizer, readers, train_set, sets, stop, log)
         if number and rank == 0:

@@ -139,16 +139,18 @@ def table_form(path):
             f"{path}: a spreadsheet's own format is not read: save it as CSV "
             "(in Excel: Save As, CSV UTF-8) and give that file"
         )
-    return suffix[1:] if suffix[1:] in READERS else "tsv"
+    if suffix[1:] in READERS:
+        return suffix[1:]
+    return "tsv"
 
 
-def read_columns(path, format=None):
+def read_columns(path):
     """A table's columns, {name: [N cells]}, and [N numbers], the line that each row begins in.
 
-    The form is .tsv (ours, also for other names), .csv or .jsonl, by the name or by `format`
-    ("csv"); "-" is standard input. Whatever can be read will do, as a pipe.
+    The form is .csv, .jsonl or .tsv (ours, also for other names), by the name; "-" is standard
+    input. Whatever can be read will do, as a pipe.
     """
-    form = format or table_form(path)
+    form = table_form(path)
     if str(path) == "-":
         return parse_columns(sys.stdin.buffer.read(), "standard input", form)
     if not Path(path).exists():
@@ -156,9 +158,9 @@ def read_columns(path, format=None):
     return parse_columns(Path(path).read_bytes(), path, form)
 
 
-def write_columns(path, columns, format=None):
+def write_columns(path, columns):
     """Write {name: N cells} as .tsv, .csv or .jsonl; "-" is standard output."""
-    form = format or table_form(path)
+    form = table_form(path)
     if str(path) == "-":
         write_rows(sys.stdout, columns, form)
         return
@@ -280,7 +282,7 @@ def read_xnli(path, path_mt, languages, train_languages):
     for language in train_languages:
         members[language] = f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
     for language, member, columns in read_archive(path_mt, members):
-        labels = ["contradiction" if l == "contradictory" else l for l in columns["label"]]
+        labels = [{"contradictory": "contradiction"}.get(l, l) for l in columns["label"]]
         rows = list(zip(columns["premise"], columns["hypo"], labels))
         source = {"archive": path_mt.name, "member": member}
         tables["train", language] = Table(header, rows, source)
@@ -317,8 +319,8 @@ def read_massive(path, languages, train_languages, intents, balance, seed):
     labels = sorted(sorted(counts, key=lambda intent: (-counts[intent], intent))[: intents or None])
     # their rows
     tables = {}
-    for split in SPLITS:
-        for code in train_languages if split == "train" else languages:
+    for split, codes in {"train": train_languages, "dev": languages, "test": languages}.items():
+        for code in codes:
             kept = [row for row in rows[split, code] if row[1] in labels]
             if balance and split == "train":
                 kept = balanced(kept, seed)

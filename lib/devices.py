@@ -67,6 +67,14 @@ def start_processes():
     return dist.get_rank(), world
 
 
+def describe_device():
+    """Where the work is done, in words."""
+    world = start_processes()[1]
+    if world > 1:
+        return f"{world} processes on {pick_device().type}"
+    return str(pick_device())
+
+
 def broadcast(value=0):
     """The first process's `value`, a number, in every process; all wait for each other here."""
     if not dist.is_initialized():

@@ -99,7 +99,10 @@ def load_encoder(name):
         raise UserError(f"no encoder can be loaded from {str(name)!r}: {reason}") from None
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
-        reason = missing[0] if missing else f"shapes differ, {min(info['mismatched_keys'])[0]}"
+        if missing:
+            reason = missing[0]
+        else:
+            reason = f"shapes differ, {min(info['mismatched_keys'])[0]}"
         if info["unexpected_keys"]:
             reason += f"; the file has names as {min(info['unexpected_keys'])}"
         kind = type(encoder).__name__

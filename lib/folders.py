@@ -75,23 +75,23 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_array(path, shape, kind="f", remedy="run extract.py again", mode="r"):
-    """A .npy file of that shape and NumPy kind, memory-mapped.
+def load_array(path, shape, kind="f"):
+    """A .npy file of features, of that shape and NumPy kind, memory-mapped.
 
-    UserError, which ends with `remedy`, where it is missing, cut short or another.
+    UserError where it is missing, cut short or another.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-        if mode != "r":  # which alone would fill up a short file
-            array = np.lib.format.open_memmap(path, mode)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {remedy}") from None
+        raise UserError(f"{path} does not exist: run extract.py again") from None
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is cut short or no array ({error}): {remedy}") from None
+        raise UserError(
+            f"{path} is cut short or no array ({error}): run extract.py again"
+        ) from None
     if array.shape != shape or array.dtype.kind != kind:
         raise UserError(
             f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} and kind "
-            f"{kind!r}: {remedy}"
+            f"{kind!r}: run extract.py again"
         )
     return array
 
@@ -157,10 +157,11 @@ def start_folder(folder, name, script, description, ignored, overwrite=False, de
                 f"{folder / name} is none that {script} made: give another --out, or delete the "
                 "folder yourself"
             )
-    # what is overwritten, or what a killed process left half-written
-    for path in folder.iterdir() if overwrite else folder.rglob(".*.tmp"):
-        if path.name != ".lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in folder.rglob(".*.tmp"):  # what a killed process left half-written
+        remove(path)
+    if overwrite:
+        for name_inside in present:
+            remove(folder / name_inside)
     if present and not overwrite:
         now = flat(json.loads(json.dumps(description)))
         new_flags = {key: value for key, value in flat(defaults or {}).items() if key in now}
@@ -168,6 +169,13 @@ def start_folder(folder, name, script, description, ignored, overwrite=False, de
         return old["complete"]
     write_json(folder / name, {"complete": False, "script": script, **description})
     return False
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_same(folder, before, now, ignored):

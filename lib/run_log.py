@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib.devices import start_processes
+from lib.devices import describe_device, start_processes
 from lib.folders import write_atomic
 from lib.messages import progress_bar
 
@@ -109,12 +109,14 @@ class Log:
 
 def metric_rows(scores, when):
     """Rows of metrics.jsonl for an Evaluation; scores: {(split, language): (accuracy, loss)}."""
-    whole = when.epoch == int(when.epoch)
+    epoch = round(when.epoch, 4)
+    if when.epoch == int(when.epoch):
+        epoch = int(when.epoch)
     rows = []
     for (split, language), (accuracy, loss) in scores.items():
         rows.append(
             {
-                "epoch": int(when.epoch) if whole else round(when.epoch, 4),
+                "epoch": epoch,
                 "step": when.step,
                 "split": split,
                 "language": language,
@@ -133,7 +135,7 @@ def trainable(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def precision_line(dtype, asked, device, world):
+def precision_line(dtype, asked):
     """Device and precision of matrix products, with the reason."""
     reason = "as asked"
     if asked == "auto":
@@ -142,8 +144,7 @@ def precision_line(dtype, asked, device, world):
             torch.float16: "the GPU has no bf16",
             torch.float32: "the hardware has no bf16",
         }[dtype]
-    place = f"{world} processes on {device.type}" if world > 1 else str(device)
-    return f"{place}, {str(dtype).removeprefix('torch.')} products ({reason})"
+    return f"{describe_device()}, {str(dtype).removeprefix('torch.')} products ({reason})"
 
 
 def data_line(model, batches, lengths):

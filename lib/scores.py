@@ -89,9 +89,10 @@ def choose_epochs(metrics, protocol, languages, source, folder):
     for language in languages:
         name = {"en": source, "oracle": language}.get(protocol, protocol)
         if name not in best:
-            split = "test" if protocol == "test" else "dev"
+            split, hint = "dev", ""
+            if protocol == "test":
+                split, hint = "test", " (train.py --track-test)"
             evaluated = dict.fromkeys(row["language"] for row in metrics if row["split"] == split)
-            hint = " (train.py --track-test)" if split == "test" else ""
             raise UserError(
                 f"--epoch {protocol}: {folder} was evaluated on {split} in "
                 f"{' '.join(evaluated) or 'no language'} alone ({name} is missing){hint}"

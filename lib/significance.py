@@ -40,7 +40,9 @@ def intervals(differences, groups, baseline=None):
     of 0, which inverts the interval.
     """
     random = np.random.default_rng(0)
-    parts = [differences] if baseline is None else [differences, -baseline]
+    parts = [differences]
+    if baseline is not None:
+        parts.append(-baseline)
     seeds = min(len(part) for part in parts)
     by_row = sum(part.mean(0) for part in parts)  # (N, L)
     means = resampled_means(by_row, groups, random)  # (RESAMPLES, L)
@@ -53,7 +55,9 @@ def intervals(differences, groups, baseline=None):
     above = (1 + (means >= -1e-12).sum(0)) / (RESAMPLES + 1)
     p = np.minimum(1, 2 * np.minimum(below, above))
     numbers = np.stack([by_row.mean(0), low, high, p], axis=1).tolist()  # (L, 4)
-    by_seed = differences.mean(1).T.tolist() if baseline is None else [[]] * len(numbers)
+    by_seed = [[]] * len(numbers)
+    if baseline is None:
+        by_seed = differences.mean(1).T.tolist()
     return [Interval(*row, each, seeds) for row, each in zip(numbers, by_seed)]
 
 
@@ -121,11 +125,16 @@ def compare(system, baseline, groups, sources, together):
     languages that are not in `sources`.
     """
     shared = [language for language in groups if language in system and language in baseline]
+    drawn_together = [[language] for language in shared]
+    if together:
+        drawn_together = [shared]
     found = {}
-    for languages in [shared] if together else [[language] for language in shared]:
+    for languages in drawn_together:
         seeds, right = stack(system, languages)
         other_seeds, other_right = stack(baseline, languages)
-        parts = [right - other_right] if seeds == other_seeds else [right, other_right]
+        parts = [right, other_right]
+        if seeds == other_seeds:
+            parts = [right - other_right]
         names = list(languages)
         others = [i for i, language in enumerate(languages) if language not in sources]
         if len(others) > 1:

@@ -120,12 +120,15 @@ def accuracy_table(results):
     def row(name, scores, deviation=None):
         cells = [name]
         for language in languages:
-            cell = percent([scores[language]] if language in scores else [])
-            if language in scores and deviation:
-                cell += f" ±{100 * deviation[language]:.1f}"
+            cell = ""
+            if language in scores:
+                cell = percent([scores[language]])
+                if deviation:
+                    cell += f" ±{100 * deviation[language]:.1f}"
             cells.append(cell)
-        whole = all(language in scores for language in averaged)
-        return [*cells, percent([scores[l] for l in averaged]) if whole else ""]
+        if all(language in scores for language in averaged):
+            return [*cells, percent([scores[language] for language in averaged])]
+        return [*cells, ""]
 
     rows = []
     for origin in ("paper", "published"):
@@ -169,8 +172,7 @@ def difference_table(differences, columns):
     columns = [name for name in columns if any(name in row for row in differences.values())]
     header, rows = ["system", *columns], []
     for name, entries in differences.items():
-        cells = [interval_cell(entries[column]) if column in entries else "" for column in columns]
-        rows.append([name, *cells])
+        rows.append([name, *(interval_cell(entries.get(column)) for column in columns)])
     by_seed = [row.get("others", {}).get("by_seed", []) for row in differences.values()]
     if any(len(values) > 1 for values in by_seed):
         header.append("others, each seed")
@@ -180,7 +182,10 @@ def difference_table(differences, columns):
 
 
 def interval_cell(entry):
-    """Points and their interval, with a star where it is significant, a dagger for one seed."""
+    """Points and their interval, with a star where it is significant, a dagger for one seed;
+    nothing for None."""
+    if entry is None:
+        return ""
     low, high = 100 * entry["low"], 100 * entry["high"]
     cell = f"{100 * entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
     if entry["seeds"] == 1:

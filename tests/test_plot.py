@@ -20,9 +20,9 @@ def draw(script, monkeypatch, tmp_path):
     def run(*arguments):
         figures = {}
 
-        def keep(figure, out, name, tensorboard):
+        def keep(figure, out, name):
             figures[name] = figure
-            save(figure, out, name, tensorboard)
+            save(figure, out, name)
 
         monkeypatch.setattr(plot, "save", keep)
         status, out, error = script("plot", *arguments, "--out", tmp_path / "figures")
@@ -93,7 +93,7 @@ assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
 
 def test_the_search_is_drawn_as_the_results_say(grid, draw, tmp_path):
     figures = draw("grid", grid)
-    assert list(figures) == ["search-ranking", "search-single", "search-rates"]
+    assert list(figures) == ["search-ranking", "search-single"]
     (axis,) = figures["search-ranking"].axes
     best = [60.25, 50.25, 40.25]  # max pooling at the rate that dev prefers
     np.testing.assert_allclose(axis.lines[0].get_ydata(), best)
@@ -101,11 +101,6 @@ def test_the_search_is_drawn_as_the_results_say(grid, draw, tmp_path):
     assert texts(figures["search-single"].legends[0].get_texts()) == ["en", "de", "zh_Hant"]
     bars = figures["search-single"].axes[1].containers[1]  # cls, de
     np.testing.assert_allclose(bars[0].get_ydata(), [45.5, 55.5])
-    (axis,) = figures["search-rates"].axes
-    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
-    np.testing.assert_allclose(lines["best combination"], [60.25, 60.25])  # 3+7, then 7 alone
-    np.testing.assert_allclose(lines["best single layer"], [50.25, 60.25])
-    np.testing.assert_allclose(lines["all combinations: max"], [50.25, (50.25 + 60.25 + 11) / 3])
     header = (tmp_path / "figures/search-single.png").read_bytes()[:24]
     assert struct.unpack(">I", header[16:20])[0] == 2100  # a page of 7 inches
 
@@ -197,8 +192,7 @@ def test_differences_and_their_intervals(tmp_path, draw):
         {"name": "x", "difference": one},
     ]
     (tmp_path / "results.json").write_text(json.dumps({"baseline": "base", "systems": systems}))
-    figures = draw("differences", tmp_path, "--tensorboard", tmp_path / "events")
-    (axis,) = figures["differences"].axes
+    (axis,) = draw("differences", tmp_path)["differences"].axes
     assert texts(axis.get_yticklabels()) == ["en", "others"]
     points, _, (bars,) = axis.containers[0]
     np.testing.assert_allclose(points.get_xdata(), [2, 3])
@@ -209,6 +203,3 @@ def test_differences_and_their_intervals(tmp_path, draw):
     assert hollow.get_markerfacecolor() == "white" and points.get_markerfacecolor() != "white"
     assert texts(axis.get_legend().get_texts())[1] == "x (one seed: interval of the rows)"
     assert "over rows and seeds" in axis.get_xlabel()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert EventAccumulator(str(tmp_path / "events")).Reload().Tags()["images"] == ["differences"]
