@@ -316,6 +316,12 @@ def open_systems(folders, translate, split):
     systems = []
     for name, members in group_runs(folders, [run.about for run in runs]).items():
         members = sorted((runs[i] for i in members), key=lambda run: run.seed)
+        for run, after in zip(members, members[1:]):
+            if run.seed == after.seed:
+                raise UserError(
+                    f"{run.folder} and {after.folder} are the same run (seed {run.seed}), which "
+                    "would count twice: name one of them"
+                )
         systems.append(System(name, members[0].source, members))
     runs = [open_run(folder, split) for folder in translate]
     for run in runs:

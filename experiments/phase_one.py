@@ -1,24 +1,26 @@
 """The paper's conclusions 3 to 5 on the search itself: chosen on dev, compared on test.
 
-    python -m experiments.phase_one grid/massive
+    python -m experiments.phase_one grid/massive --data data/massive
 
 Trains the search of a grid folder once more (the same random numbers give the same models) and
 keeps whether each model is right on each test row of the other languages:
 
-(3) the mean over all combinations under max pooling, less that under mean and under [CLS] (4) the
-middle layer (8 of 12), less the last one, both alone under max (5) the chosen combination, less the
-best single layer, both chosen by the search's own protocol
+(3) the mean over all combinations under max pooling, less that under mean and under [CLS]
+(4) the middle layer (8 of 12), less the last one, both alone under max
+(5) the chosen combination, less the best single layer, both chosen by the search's own protocol
 
-Every combination stands at the rate that its dev sets prefer. Reads the grid and its features; the
-intervals are over rows and seeds (lib/significance.py). Prints a Markdown table.
+Every combination stands at the rate that its dev sets prefer. Reads the grid, its features, and the
+data set folder for the rows that belong together. Prints a Markdown table; the intervals are over
+rows and seeds (lib/significance.py).
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data import group_numbers, read_labels, read_sets
 from grid_search import (
     Plan,
     Recipe,
@@ -31,10 +33,17 @@ from grid_search import (
 )
 from lib.devices import pick_device
 from lib.folders import read_grid, read_json
-from lib.messages import cli, progress_bar
+from lib.messages import UserError, cli, progress_bar
 from lib.scores import at_best_rate, protocol_scores, rank
-from lib.significance import holm, intervals, verdict
+from lib.significance import holm, intervals, parallel, verdict
 from lib.tables import joined, markdown_table
+
+COMPARED = [  # number of the conclusion, A, B
+    ("3", "all under max", "all under mean"),
+    ("3", "all under max", "all under cls"),
+    ("4", "middle", "last"),
+    ("5", "chosen", "best single"),
+]
 
 
 def read_plan(folder):
@@ -74,62 +83,87 @@ def correctness(plan, weights, scale, pooling):
     return total / len(plan.files)
 
 
-def main():
-    folder = Path(sys.argv[1])
-    plan = read_plan(folder)
-    grid, _, best = read_grid(folder)
-    at_best = at_best_rate(grid, best)
-
-    # the choices, on the sets that the search chose by
+def choose(at_best, best, layers):
+    """The models to compare, {name: (pooling, layers, lr)}, by the dev sets that chose; and all
+    models at their best rates."""
     keys, scores = [], []
-    for (pooling, layers), (lr, entry) in at_best.items():
-        keys.append((pooling, layers, lr))
+    for (pooling, combination), (lr, entry) in at_best.items():
+        keys.append((pooling, combination, lr))
         seed_scores = protocol_scores(entry, best["select"], best["train_language"])
         scores.append(np.mean(seed_scores) / 100)
     ranked = [keys[g] for g in rank(keys, scores)]
     singles = [key for key in ranked if len(key[1]) == 1]
-    last = max(plan.layers)
-    middle = min(plan.layers, key=lambda layer: abs(layer - 2 * last / 3))
+    last = max(layers)
+    middle = min(layers, key=lambda layer: abs(layer - 2 * last / 3))
     kept = {"chosen": ranked[0], "best single": singles[0]}
-    for key in singles:
-        if key[0] == "max" and key[1][0] in (middle, last):
-            kept["middle" if key[1][0] == middle else "last"] = key
+    for pooling, combination, lr in singles:
+        if pooling == "max" and combination == (middle,):
+            kept["middle"] = pooling, combination, lr
+        if pooling == "max" and combination == (last,):
+            kept["last"] = pooling, combination, lr
+    return kept, keys
 
-    # train once more, and look at the test rows
+
+def answers(plan, kept, keys):
+    """Train once more, and look at the test rows: {name: whether it is right, (S, N)}.
+
+    Of "all under POOLING" it is the share of its models that are.
+    """
     right, by_pooling = {}, {}
-    groups = sorted({(pooling, lr) for pooling, _, lr in keys})
-    for pooling, lr in progress_bar(iterable=groups):
+    for pooling, lr in progress_bar(iterable=sorted({(key[0], key[2]) for key in keys})):
         weights, scale = train_group(plan, pooling, lr, range(plan.seeds), lambda: None)
-        answers = correctness(plan, weights, scale, pooling)
+        of_group = correctness(plan, weights, scale, pooling)  # (S, N, M)
         numbers = [model_number(plan.layers, key[1]) for key in keys if key[::2] == (pooling, lr)]
-        sums = by_pooling.setdefault(pooling, [0, 0])
-        sums[0] = sums[0] + answers[:, :, numbers].sum(2)
-        sums[1] += len(numbers)
+        by_pooling.setdefault(pooling, []).append(of_group[:, :, numbers])
         for name, key in kept.items():
             if key[::2] == (pooling, lr):
-                right[name] = answers[:, :, model_number(plan.layers, key[1])]
-    for pooling, (answers, count) in by_pooling.items():
-        right[f"all under {pooling}"] = answers / count  # (S, N)
+                right[name] = of_group[:, :, model_number(plan.layers, key[1])]
+    for pooling, groups in by_pooling.items():
+        right[f"all under {pooling}"] = torch.cat(groups, dim=2).mean(2)
+    return {name: values.cpu().numpy() for name, values in right.items()}
 
-    # compare
-    pairs = [("3", "all under max", "all under mean"), ("3", "all under max", "all under cls")]
-    pairs += [("4", "middle", "last"), ("5", "chosen", "best single")]
-    rows = len(next(iter(right.values()))[0])
-    compared = []
+
+def compared_table(right, groups):
+    """The conclusions as Markdown; groups (N,): rows that are resampled together."""
+    pairs = [pair for pair in COMPARED if pair[1] in right and pair[2] in right]
+    found = []
     for _, a, b in pairs:
-        difference = (right[a] - right[b]).cpu().numpy()[:, :, None]  # (S, N, 1)
-        compared.append(intervals(difference, np.arange(rows))[0])
+        found.append(intervals((right[a] - right[b])[:, :, None], groups)[0])
     lines = []
-    for (number, a, b), interval, p in zip(pairs, compared, holm([i.p for i in compared])):
+    for (number, a, b), interval, p in zip(pairs, found, holm([i.p for i in found])):
         points = [100 * value for value in interval[:3]]
         cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
         by_seed = " ".join(f"{100 * value:+.1f}" for value in interval.by_seed)
         lines.append([number, f"{a} - {b}", cell, by_seed, verdict(interval, p, "better")])
+    return markdown_table(["", "A - B", "other languages' test", "each seed", "verdict"], lines)
+
+
+def read_groups(folder, plan):
+    """Groups of the test rows, (N,). UserError unless the languages' rows are translations."""
+    keys = [tuple(stem.split(".")) for stem in plan.files]
+    sets = read_sets(folder, keys, read_labels(folder))
+    if not parallel(sets):
+        raise UserError(f"{folder}: the test rows are no translations: there is no mean over them")
+    return group_numbers(sets[keys[0]])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", help="grid folder of grid_search.py")
+    parser.add_argument("--data", required=True, help="data set folder that the features are of")
+    args = parser.parse_args(argv)
+    plan = read_plan(Path(args.grid))
+    groups = read_groups(args.data, plan)
+    grid, _, best = read_grid(args.grid)
+    kept, keys = choose(at_best_rate(grid, best), best, plan.layers)
+    right = answers(plan, kept, keys)
     for name, (pooling, layers, lr) in kept.items():
         accuracy = 100 * right[name].mean()
         print(f"{name}: {pooling} of {joined(layers)}, lr {lr:g}: {accuracy:.1f} on test")
     print()
-    print(markdown_table(["", "A - B", "other languages' test", "each seed", "verdict"], lines))
+    print(compared_table(right, groups))
     return 0
 
 
