@@ -42,7 +42,7 @@ from lib.archives import (
 from lib.devices import start_processes
 from lib.folders import sha256, write_atomic, write_json
 from lib.hub import model_folder
-from lib.messages import UserError, cli, first_line, in_range, say_once
+from lib.messages import UserError, cli, first_line, in_range, make_parser, say_once
 from lib.tables import markdown_table
 
 LANGUAGE = re.compile("[A-Za-z0-9_-]+")
@@ -446,11 +446,7 @@ def language_file(text):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     xnli = commands.add_parser("xnli", help="fetch and convert XNLI", allow_abbrev=False)
     massive = commands.add_parser("massive", help="fetch and convert MASSIVE", allow_abbrev=False)

@@ -11,7 +11,6 @@ Writes  OUT/results.json (fractions), OUT/results.md (percent); RUN/predictions/
 Paper   sections 1.5 and 1.7, Table 1.
 """
 
-import argparse
 import re
 import sys
 import zipfile
@@ -38,7 +37,7 @@ from lib.archives import label_index, read_columns, write_columns
 from lib.devices import pick_device, pick_precision
 from lib.encoders import check_length, check_tokens
 from lib.folders import read_json, read_run, sha256, write_atomic, write_json
-from lib.messages import UserError, cli, in_range, out_of_memory, say_once
+from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, say_once
 from lib.scores import PROTOCOLS, choose_epochs, group_runs, spread
 from lib.significance import RESAMPLES, compare, parallel
 from lib.tables import PAPER_LANGUAGES, PAPER_TABLE, PUBLISHED, paper_order, report
@@ -416,11 +415,7 @@ def paper_tables(data):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "runs",
         nargs="*",

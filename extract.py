@@ -11,7 +11,6 @@ Writes  OUT/SPLIT.LANG.POOLING.npy (layers, rows, hidden), OUT/SPLIT.LANG.labels
 Paper   section 1.1, phase one.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -54,7 +53,7 @@ from lib.encoders import (
 )
 from lib.folders import finish_folder, lock, start_folder, versions, write_atomic
 from lib.hub import revision
-from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar
+from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, progress_bar
 from model import POOLINGS, pool
 
 
@@ -176,11 +175,7 @@ def extract_files(encoder, tokenizer, sets, out, settings, dtype):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--model", required=True, help="encoder: hub name or folder")
     add("--data", required=True, help="data set folder (python data.py --help)")

@@ -23,7 +23,6 @@ Letters as in model.py and lib/scores.py; also K, what a product puts out: H hid
 classes where there is no hidden layer.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -52,7 +51,7 @@ from lib.folders import (
     write_json,
 )
 from lib.hub import revision
-from lib.messages import UserError, cli, in_range, out_of_memory, progress_bar
+from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, progress_bar
 from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
 from model import POOLINGS, Classifier, Settings, save_model
@@ -596,11 +595,7 @@ def choose_protocol(select, columns, source):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     some, any_number = in_range(int, 1), in_range(int, 0)
     add = parser.add_argument_group("files").add_argument
     add("--features", required=True, help="feature folder (extract.py)")

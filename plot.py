@@ -13,7 +13,6 @@ Writes  OUT/NAME.png, 300 dots an inch, as wide as a column or a page of a paper
 Paper   Figure 5; conclusions 1 and 3 to 6.
 """
 
-import argparse
 import csv
 import math
 import re
@@ -26,7 +25,7 @@ from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator
 
 from lib.folders import read_grid, read_json, read_run, write_atomic
-from lib.messages import UserError, cli
+from lib.messages import UserError, cli, make_parser
 from lib.scores import at_best_rate, group_runs, mean_accuracies, spread
 from lib.tables import paper_order
 
@@ -307,11 +306,7 @@ PLOTS = {"grid": plot_grid, "confusion": plot_confusion, "differences": plot_dif
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, folder in (
         ("grid", "grid folder of grid_search.py"),

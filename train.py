@@ -13,7 +13,6 @@ Writes  OUT/run.json, OUT/metrics.jsonl, TensorBoard events, OUT/epochs/K/ (the 
 Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 
-import argparse
 import inspect
 import os
 import shlex
@@ -65,7 +64,7 @@ from lib.folders import (
     write_atomic,
 )
 from lib.hub import revision
-from lib.messages import StopSignal, UserError, cli, in_range, out_of_memory
+from lib.messages import StopSignal, UserError, cli, in_range, make_parser, out_of_memory
 from lib.run_log import Evaluation, Log, data_line, metric_rows, precision_line, trainable
 from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
@@ -456,11 +455,7 @@ def model_lines(model, count, pretrained_pooler, readers, freeze):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     some, any_number, share = in_range(int, 1), in_range(int, 0), in_range(float, 0, below=1)
 
     add = parser.add_argument_group("files").add_argument

@@ -15,7 +15,6 @@ after the work, the mean of both) over the operations that the unpadded tokens n
 Trainer, sentence-transformers and scikit-learn are needed here alone (requirements-bench.txt).
 """
 
-import argparse
 import contextlib
 import gc
 import io
@@ -62,7 +61,7 @@ from lib.devices import autocast, pick_device, pick_precision, to_device
 from lib.encoders import drop_pooler, load_encoder
 from lib.folders import versions, write_atomic, write_json
 from lib.hub import revision
-from lib.messages import UserError, cli, in_range
+from lib.messages import UserError, cli, in_range, make_parser
 from lib.tables import markdown_table
 from model import Classifier, Settings, predict
 
@@ -540,11 +539,7 @@ PARTS = ["extraction", "search", "small", "full", "tokens"]
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(__doc__)
     add, positive = parser.add_argument, in_range(int, 1)
     add("--model", required=True, help="encoder: hub name or folder")
     add("--data", required=True, help="data set folder: pairs, three labels")

@@ -13,7 +13,6 @@ Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a
 Paper   section 1.9.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from data import group_numbers, read_labels, read_sets, split_languages, take, t
 from evaluate import Split, run_logits
 from lib.encoders import blocks, check_layers, load_encoder
 from lib.folders import read_grid, read_run, write_atomic, write_json
-from lib.messages import UserError, cli, in_range
+from lib.messages import UserError, cli, in_range, make_parser
 from lib.scores import at_best_rate, columns_of, mean_of_others, rank
 from lib.significance import MARGIN, holm, intervals, parallel, verdict
 from lib.tables import markdown_table, paper_order
@@ -485,10 +484,8 @@ The random layers, and how many of them lie above the middle:
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        __doc__,
         epilog="Flags not named here go to every train.py: --lr 5e-4, --max-train-rows 1000, ...",
     )
     positive = in_range(int, 1)

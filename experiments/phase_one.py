@@ -14,7 +14,6 @@ data set folder for the rows that belong together. Prints a Markdown table; the 
 rows and seeds (lib/significance.py).
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from grid_search import (
 )
 from lib.devices import pick_device
 from lib.folders import read_grid, read_json
-from lib.messages import UserError, cli, progress_bar
+from lib.messages import UserError, cli, make_parser, progress_bar
 from lib.scores import at_best_rate, protocol_scores, rank
 from lib.significance import holm, intervals, parallel, verdict
 from lib.tables import joined, markdown_table
@@ -148,9 +147,7 @@ def read_groups(folder, plan):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("grid", help="grid folder of grid_search.py")
     parser.add_argument("--data", required=True, help="data set folder that the features are of")
     args = parser.parse_args(argv)

@@ -15,7 +15,6 @@ Writes  OUT/ROWS/ (data, features, grid, runs: a stopped call goes on), OUT/rows
 Needs scikit-learn (requirements-bench.txt).
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from data import group_numbers, read_labels, read_split, split_languages, take, 
 from evaluate import classify
 from lib.archives import write_columns
 from lib.folders import write_atomic, write_json
-from lib.messages import UserError, cli, in_range
+from lib.messages import UserError, cli, in_range, make_parser
 from lib.significance import intervals
 from lib.tables import markdown_table
 
@@ -200,9 +199,7 @@ def report(entries, language):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     count = in_range(int, 1)
     parser.add_argument("--model", required=True, help="encoder: hub name or folder")
     parser.add_argument("--data", required=True, help="data set folder of single texts")

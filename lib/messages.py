@@ -76,6 +76,16 @@ def say_once(sentence):
     print(sentence, file=sys.stderr)
 
 
+def make_parser(description, **settings):
+    """argparse's parser, which prints the description as it stands and takes whole flags alone."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **settings,
+    )
+
+
 def in_range(kind, low=-math.inf, above=-math.inf, below=math.inf):
     """A type for argparse: an int or a float in a range."""
     limits = []
