@@ -393,7 +393,7 @@ def test_pipes_and_standard_input_and_output(monkeypatch, capsys):
     "labels, label, message",
     [
         (["tr\u00e8s", "mal"], "tre\u0300s", r"très, mal; 'tre\\u0300s' is not 'tr\\xe8s'$"),
-        (["no", "yes"], "no\u00a0", r"'no\\xa0', .* no, yes; 'no\\xa0' is not 'no'$"),
+        (["no ", "yes"], "n\uff4f", r"'nｏ', .* no , yes; 'n\\uff4f' is not 'no '$"),
         (["no", "yes"], "No", "'No' is not 'no'$"),
         (list("abcdefghi"), "x" * 99, f"'{'x' * 60}', expected one of a, .*, g, h, \\.\\.\\.$"),
     ],

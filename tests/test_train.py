@@ -28,7 +28,6 @@ from transformers import AutoModel, AutoTokenizer
 import train
 from data import train_batches
 from lib import folders, run_log
-from lib.devices import pick_precision
 
 BASE = "--epochs 3 --batch-size 13 --lr 1e-3 --precision fp32 --max-length 32"
 STEPS = 5  # an epoch: 60 rows, 13 at once
@@ -245,23 +244,19 @@ def test_weight_decay_is_decoupled_and_on_matrices_alone():
     assert all(map(torch.equal, others, before[1:]))
 
 
-@pytest.mark.parametrize("steps", [1, 37])
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_learning_rate_is_that_of_transformers(steps, schedule):
+def test_learning_rate_is_that_of_transformers(schedule):
     """In warm-up one step ahead of theirs, which begins with a rate of 0; after it the same."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.03)
-    warm, theirs = max(1, round(steps / 10)), []
-    if schedule == "linear":
-        scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warm, steps)
-    else:
-        scheduler = transformers.get_constant_schedule_with_warmup(optimizer, warm)
-    for _ in range(steps + 1):
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    scheduler, theirs = transformers.get_scheduler(name, optimizer, 4, 37), []
+    for _ in range(37):
         theirs.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    rates = [train.learning_rate(step, steps, 0.03, schedule) for step in range(steps)]
-    assert rates[:warm] == pytest.approx(theirs[1 : warm + 1] if steps > 1 else [0.03])
-    assert rates[warm:] == pytest.approx(theirs[warm:steps])
+    rates = [train.learning_rate(step, 37, 0.03, schedule) for step in range(37)]
+    assert rates[:4] == pytest.approx(theirs[1:5]) and rates[4:] == pytest.approx(theirs[4:])
+    assert train.learning_rate(0, 1, 0.03, schedule) == 0.03
 
 
 # --- freezing -------------------------------------------------------------------------------------
@@ -338,20 +333,6 @@ def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, m
     assert [row["frozen_layers"] for row in metrics(frozen_run.out)] == [[]] * 4 + [[0, 2, 5]] * 8
 
 
-@pytest.mark.parametrize(
-    "has, expected",
-    [
-        (True, "bfloat16 products (the hardware has it)"),
-        (False, "float32 products (the hardware has no bf16)"),
-    ],
-)
-def test_start_says_why_the_products_are_in_this_precision(has, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    cpu = torch.device("cpu")
-    line = run_log.precision_line(pick_precision("auto", cpu), "auto", cpu, 2)
-    assert line == f"2 processes on cpu, {expected}"
-
-
 @pytest.mark.skipif("PROVE" not in os.environ, reason="half a minute: make prove")
 def test_compiled_is_the_same_run_before_and_after_freezing(tune, tmp_path, monkeypatch):
     """With PyTorch's own dropout in both: a compiled model does without lib/cpu.py."""
@@ -414,14 +395,15 @@ def auto_run(model_folder, data_folder, tmp_path_factory):
 
 
 def test_automatic_freezing_agrees_with_the_metrics(auto_run):
-    evaluations = {}
+    evaluations, frozen = {}, {}
     for row in metrics(auto_run.out):
-        evaluations.setdefault(row["step"], {})[row["split"], row["language"]] = row
+        evaluations.setdefault(row["step"], {})[row["language"]] = row["accuracy"]
+        frozen.setdefault(row["step"], row["frozen_layers"])
     assert list(evaluations) == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     best, expected = -1, []
-    for rows in evaluations.values():
-        assert all(row["frozen_layers"] == expected for row in rows.values())
-        mean = (rows["dev", "de"]["accuracy"] + rows["dev", "zh"]["accuracy"]) / 2
+    for step, accuracies in evaluations.items():
+        assert frozen[step] == expected
+        mean = (accuracies["de"] + accuracies["zh"]) / 2
         if mean < best:
             expected = [1, 2]
         best = max(best, mean)
@@ -546,16 +528,10 @@ def test_the_same_run_is_complete_from_another_path_too(
 
 
 def test_other_arguments_are_refused_by_name(frozen_run, run):
-    status, _, error = run("--layers 1 2 --lr 2e-3 --save-steps 7", out=frozen_run.out)
-    assert status == 2
-    for phrase in (
-        "arguments.lr was 0.001, is now 0.002",
-        "arguments.layers was [1, 3], is now [1, 2]",
-        "arguments.freeze_epoch was 1, is now None",
-        "arguments.weight_decay was 0.1, is now 0.0",
-        "--overwrite",
-    ):
-        assert phrase in error
+    status, _, error = run("--layers 1 2 --save-steps 7", out=frozen_run.out)
+    assert status == 2 and "--overwrite" in error
+    assert "arguments.layers was [1, 3], is now [1, 2]" in error
+    assert "arguments.freeze_epoch was 1, is now None" in error
     assert "save_steps" not in error and "--precision" not in error
 
 
@@ -618,18 +594,6 @@ def test_the_speed_counts_rows_and_not_full_batches(tmp_path, monkeypatch):
         log.step(8)
         now[0] += 1
         assert log.train(3, 1.0, 0.5, 1e-3) == 8
-
-
-def test_train_rows_count_the_steps_since_the_last_evaluation(auto_run, data_folder):
-    """The one batch of 8 rows of an epoch can be any of its five."""
-    lengths = np.array([len(text.split()) + 2 for text, _ in table(f"{data_folder}/train.en.tsv")])
-    sizes, last = [], 0
-    for epoch in range(3):
-        sizes += [len(rows) for rows in train_batches(lengths, 13, 0, epoch)]
-    for row in metrics(auto_run.out)[::4]:
-        right = row["accuracy"] * sum(sizes[last : row["step"]])
-        assert right == pytest.approx(round(right), abs=1e-9)
-        last = row["step"]
 
 
 def test_dev_accuracy_and_loss_are_those_of_the_kept_model(frozen_run, data_folder):
@@ -812,13 +776,10 @@ def test_the_mean_is_that_of_the_weights_after_each_epoch(tune, tmp_path):
 
 def test_the_weights_of_a_mix_are_trained_at_each_step(tune, still_model, tmp_path):
     seen = [torch.zeros(3)]
-    flags = "--layers 0 2 3 --combine mix --pooling mean --epochs 1"
     with watching(lambda model, **_: seen.append(model.mix.detach().clone())):
-        text = tune(flags, model=still_model)
-    assert "mean pooling of layers 0 2 3 mixed, the 2 above cut off" in text
+        tune("--layers 0 2 3 --combine mix --epochs 1", model=still_model)
     assert all((before != now).all() for before, now in zip(seen, seen[1:])) and len(seen) == 6
-    saved = weights(tmp_path / "epochs/1")
-    assert torch.equal(saved["mix"], seen[-1]) and saved["classifier.1.weight"].shape == (4, 36)
+    assert torch.equal(weights(tmp_path / "epochs/1")["mix"], seen[-1])
 
 
 @pytest.mark.parametrize("flag, expected", [("--encoder-dropout 0", 0.0), ("", 0.1)])
