@@ -125,6 +125,11 @@ def test_a_vocabulary_is_trained_where_there_is_none(parallel, tmp_path):
     assert pieces[:5] == pretrain.SPECIAL and len(pieces) == len(set(pieces)) <= 120
 
 
+def test_heads_that_do_not_divide_the_hidden_size(script):
+    status, _, error = script("pretrain", *"--data d --vocab v --out o --heads 5".split())
+    assert status == 2 and "--heads 5: does not divide --hidden-size 96" in error
+
+
 def test_files_that_are_not_parallel_are_refused(parallel, tmp_path, script):
     data = shutil.copytree(parallel, tmp_path / "data")
     with open(data / "train.zh.tsv", "a", encoding="utf-8") as file:

@@ -355,16 +355,6 @@ def test_compiled_is_the_same_run_before_and_after_freezing(tune, tmp_path, monk
     assert_close_weights(compiled, plain, 1e-5)
 
 
-def test_freezing_a_layer_above_the_cut_changes_nothing(tune, tmp_path):
-    flags = "--layers 1 3 --epochs 2"
-    tune(flags, "--freeze-layers 4 5 --freeze-epoch 1", out=tmp_path / "noop")
-    tune(flags, out=tmp_path / "plain")
-    path = tmp_path / "noop/metrics.jsonl"
-    assert '"frozen_layers": [4, 5]' in path.read_text()
-    path.write_text(path.read_text().replace("[4, 5]", "[]"))
-    assert_same_run(tmp_path / "noop", tmp_path / "plain")
-
-
 @pytest.mark.parametrize(
     "en, de, zh, due_after",
     [
@@ -517,32 +507,31 @@ def test_running_out_of_memory_while_the_state_is_loaded_is_no_damage(
 def test_the_same_run_is_complete_from_another_path_too(
     frozen_run, tune, model_folder, data_folder, tmp_path
 ):
-    out = frozen_run.out
-    files = [path for path in out.rglob("*") if path.name != ".lock"]
-    before = [path.stat().st_mtime_ns for path in files]
+    before = (frozen_run.out / "metrics.jsonl").stat().st_mtime_ns
     model = shutil.copytree(model_folder, tmp_path / "model")
     data = shutil.copytree(data_folder, tmp_path / "data")
-    text = tune(FROZEN, out=out, model=model, data=data)
-    assert text == f"{out} is complete already: nothing to do\n"
-    assert before == [path.stat().st_mtime_ns for path in files]
+    text = tune(FROZEN, out=frozen_run.out, model=model, data=data)
+    assert text == f"{frozen_run.out} is complete already: nothing to do\n"
+    assert before == (frozen_run.out / "metrics.jsonl").stat().st_mtime_ns
 
 
-def test_other_arguments_are_refused_by_name(frozen_run, run):
-    status, _, error = run("--layers 1 2 --save-steps 7", out=frozen_run.out)
-    assert status == 2 and "--overwrite" in error
-    assert "arguments.layers was [1, 3], is now [1, 2]" in error
-    assert "arguments.freeze_epoch was 1, is now None" in error
-    assert "save_steps" not in error and "--precision" not in error
-
-
-def test_a_flag_that_an_older_run_does_not_know_counts_as_at_its_default(frozen_run, run, tmp_path):
+def test_other_arguments_are_refused_by_name_and_new_flags_were_at_their_default(
+    frozen_run, run, tmp_path
+):
     old = json.loads((frozen_run.out / "run.json").read_text())
-    del old["arguments"]["combine"]
+    del old["arguments"]["combine"]  # as of a run that did not know it
     (tmp_path / "run.json").write_text(json.dumps(old))
-    status, out, _ = run(FROZEN)
+    status, out, _ = run(FROZEN, "--save-steps 7")
     assert status == 0 and "complete already" in out
-    status, _, error = run(FROZEN, "--combine mix")
-    assert status == 2 and "arguments.combine was 'concat', is now 'mix'" in error
+    status, _, error = run("--layers 1 2 --save-steps 7 --combine mix")
+    assert status == 2 and "--overwrite" in error
+    for phrase in (
+        "arguments.layers was [1, 3], is now [1, 2]",
+        "arguments.freeze_epoch was 1, is now None",
+        "arguments.combine was 'concat', is now 'mix'",
+    ):
+        assert phrase in error
+    assert "save_steps" not in error and "--precision" not in error
 
 
 def test_a_run_goes_on_where_auto_means_another_precision(frozen_run, run, monkeypatch):
@@ -665,13 +654,6 @@ def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(tune, tmp_path, m
     assert "best epoch 2 by dev en, 1 by the others' dev\n" in text
 
 
-def test_run_json_describes_the_run(frozen_run):
-    run = json.loads((frozen_run.out / "run.json").read_text())
-    assert run["complete"] is True and run["labels"] == LABELS and run["precision"] == "float32"
-    assert run["arguments"]["layers"] == [1, 3] and run["arguments"]["freeze_epoch"] == 1
-    assert sorted(run["data"]) == ["dev.de.tsv", "dev.en.tsv", "dev.zh.tsv", "train.en.tsv"]
-
-
 @pytest.mark.parametrize("mask", [0o002, 0o077])
 def test_all_files_of_a_run_are_as_the_umask_wants_them(mask, tune, tmp_path):
     before = os.umask(mask)
@@ -699,8 +681,6 @@ def test_test_files_are_opened_with_track_test_alone_and_change_nothing(
     assert [row["language"] for row in rows if row["split"] == "test"] == ["en", "de", "zh"] * 3
     assert "accuracy/test/zh" in events(out).Tags()["scalars"]
     assert [row for row in rows if row["split"] != "test"] == metrics(frozen_run.out)
-    trained, plain = (weights(folder / "epochs/mean") for folder in (out, frozen_run.out))
-    assert all(torch.equal(trained[name], plain[name]) for name in plain)
 
     data = shutil.copytree(data_folder, tmp_path / "data")
     for path in data.glob("test.*.tsv"):
@@ -708,22 +688,6 @@ def test_test_files_are_opened_with_track_test_alone_and_change_nothing(
     status, _, error = run(QUICK, "--track-test", data=data)
     assert status == 2 and "test.en.tsv, line 1" in error
     assert run(QUICK, data=data, out=tmp_path / "unread")[0] == 0
-
-
-def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(
-    frozen_run, tune, tmp_path, monkeypatch
-):
-    """Adam over the whole vocabulary against Adam over the rows that the data uses."""
-    keep_tokens = train.keep_tokens
-
-    def keep_all(encoder, ids, *others):
-        count = encoder.get_input_embeddings().num_embeddings
-        return keep_tokens(encoder, np.arange(count), *others)
-
-    monkeypatch.setattr(train, "keep_tokens", keep_all)
-    assert "158 of 158 word pieces" in tune(FROZEN)
-    some, whole = (weights(out / "epochs/mean") for out in (frozen_run.out, tmp_path))
-    assert_close_weights(some, whole)
 
 
 def test_word_pieces_that_are_not_trained_on_stay_as_they_are_under_weight_decay_too(
