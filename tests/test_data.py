@@ -458,7 +458,6 @@ def test_columns_in_any_order_and_those_not_read(tmp_path, capsys):
 
 
 def test_language_codes_are_read_as_people_have_them(coded):
-    assert data.split_languages(coded, "dev") == ["en", "de", "pt-BR", "sr-Latn", "zh", "zh_Hant"]
     assert data.split_languages(coded, "dev", first="zh_Hant")[:2] == ["zh_Hant", "de"]
     assert data.split_languages(coded, "test") == data.split_languages(coded / "none", "dev") == []
     sets = data.read_sets(coded, [("dev", code) for code in CODES], ["no", "yes"])
@@ -467,14 +466,14 @@ def test_language_codes_are_read_as_people_have_them(coded):
 
 
 def test_files_that_look_like_a_split_are_named_in_a_warning(coded, capsys):
-    strange = ["dev.sr.Latn.tsv", "dev.tsv", "test.DE.TSV", "valid.de.tsv", "dev.d e.tsv"]
+    strange = ["dev.d e.tsv", "dev.sr.Latn.tsv", "dev.tsv", "test.DE.TSV", "valid.de.tsv"]
     for name in [*strange, "notes.tsv", "development.tsv", ".dev.de.tsv.x.tmp", "dev.de.tsv.bak"]:
         (coded / name).touch()
     for _ in range(2):  # said once
         assert set(data.split_languages(coded, "dev")) == set(CODES)
-    warnings = capsys.readouterr().err.splitlines()
-    named = [line.partition(" is not read: a split's file is named ")[0] for line in warnings]
-    assert sorted(named) == sorted(f"warning: {coded / name}" for name in strange)
+    warnings = sorted(capsys.readouterr().err.splitlines())
+    for name, line in zip(strange, warnings, strict=True):
+        assert line.startswith(f"warning: {coded / name} is not read: a split's file is named ")
 
 
 def test_train_language_is_a_role(coded):
@@ -583,9 +582,8 @@ def test_hold_out_takes_whole_groups_of_each_class(tmp_path, own, flag):
         thread_of[text] = thread
     random.Random(1).shuffle(rows)
     for out, seed in ("one", 0), ("two", 0), ("three", 5):
-        flags = f"--train en=x.csv de=x.csv --dev de=x.csv {flag} --hold-out 0.2 --seed {seed}"
+        flags = f"--train en=x.csv {flag} --hold-out 0.2 --seed {seed}"
         assert own(flags, "id body queue thread", out, x=rows)[0] == 0
-        assert len(read_plain(tmp_path / out / "train.de.tsv")) == 121  # de has its dev
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     train, dev, other = (
         read_plain(tmp_path / name)[1:]

@@ -274,12 +274,6 @@ def test_a_full_disk_is_one_sentence_before_any_row_is_computed(run, tmp_path, m
     assert calls == [] and finals(tmp_path / "out") == ["manifest.json"]
 
 
-def test_a_complete_folder_is_left_alone(run, unstopped, monkeypatch):
-    calls = stop_after(monkeypatch, 99)
-    code, out, _ = run(out=unstopped)
-    assert (code, calls) == (0, []) and f"{unstopped} is complete already: nothing to do" in out
-
-
 def test_another_model_or_other_data_over_the_same_folder_are_refused_by_name(
     run, unstopped, data, tmp_path
 ):

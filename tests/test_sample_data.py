@@ -27,16 +27,23 @@ from lib.folders import sha256  # noqa: E402
 
 
 def read(path):
-    """A .tsv file -> its rows as lists of fields, without the header and the column of groups."""
-    lines = path.read_bytes().decode("utf-8").split("\n")
-    assert lines[-1] == "" and "\r" not in "".join(lines)
-    header = lines[0].removesuffix("\tgroup")
-    assert header in ("text\tlabel", "text_a\ttext_b\tlabel")
-    rows = [line.split("\t") for line in lines[1:-1]]
+    """A .tsv file -> its rows up to the label, and the last field of each: its group."""
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    header, *rows = [line.split("\t") for line in lines]
     for row in rows:
-        assert len(row) == lines[0].count("\t") + 1
-        assert all(field.strip() == field != "" for field in row)
-    return [row[: header.count("\t") + 1] for row in rows]
+        assert len(row) == len(header) and all(field.strip() == field != "" for field in row)
+    return [row[: header.index("label") + 1] for row in rows], [row[-1] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tables(made):
+    """{(set, split, language): (rows, groups)}"""
+    found = {}
+    for name in ROWS:
+        for path in sorted((made / name).glob("*.tsv")):
+            split, language, _ = path.name.split(".")
+            found[name, split, language] = read(path)
+    return found
 
 
 def normal(text):
@@ -55,14 +62,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(made):
+def data(tables):
     """{(set, split, language): rows}"""
-    rows = {}
-    for name in ROWS:
-        for path in sorted((made / name).glob("*.tsv")):
-            split, language, _ = path.name.split(".")
-            rows[name, split, language] = read(path)
-    return rows
+    return {key: rows for key, (rows, _) in tables.items()}
 
 
 def files(folder):
@@ -100,10 +102,8 @@ def test_files_rows_labels_and_sources(made, data, name, counts):
         assert Counter(row[-1] for row in data["intents", "train", "en"]) == shares
 
 
-def test_groups_are_frames_and_blocks_that_share_their_sentences(made, data):
-    for (name, split, language), rows in data.items():
-        lines = (made / name / f"{split}.{language}.tsv").read_text(encoding="utf-8").split("\n")
-        groups = [line.split("\t")[-1] for line in lines[1:-1]]
+def test_groups_are_frames_and_blocks_that_share_their_sentences(tables):
+    for (name, _, _), (rows, groups) in tables.items():
         if name == "nli":  # twelve pairs of four and four sentences
             sentences = {(text, group) for row, group in zip(rows, groups) for text in row[:2]}
             assert set(Counter(groups).values()) == {12} and len(sentences) == len(rows) * 2 / 3

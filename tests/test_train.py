@@ -346,9 +346,6 @@ def test_compiled_is_the_same_run_before_and_after_freezing(tune, tmp_path, monk
     monkeypatch.setattr(train, "make_fast", lambda model: None)
     tune(flags, out=tmp_path / "plain")
     assert asked == [{"dynamic": True}]
-    for row, plain in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "plain")):
-        assert row.pop("loss") == pytest.approx(plain.pop("loss"), rel=1e-5)
-        assert row == plain
     compiled, plain = (weights(tmp_path / name / "epochs/2") for name in ("compiled", "plain"))
     assert_close_weights(compiled, plain, 1e-5)
 
