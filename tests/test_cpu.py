@@ -14,10 +14,7 @@ FAMILIES = {  # {type: what tells it from BERT}
     "distilbert": dict(n_heads=3, hidden_dim=52),
     "modernbert": dict(global_attn_every_n_layers=2, local_attention=6),  # a window to each side
     "eurobert": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=6),  # shared keys
-    "nomic_bert": dict(head_dim=12),
-    # with an attention of their own
-    "mpnet": {},
-    "deberta-v2": dict(relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "deberta-v2": dict(relative_attention=True, pos_att_type=["p2c", "c2p"]),  # its own attention
 }
 
 
@@ -39,8 +36,7 @@ def test_a_fast_encoder_gives_the_same_states_and_all_its_dropout_is_the_fast_ki
     expected, model = states(encoder), torch.nn.Sequential(encoder, torch.nn.Dropout(0.2))
     make_fast(model)
     torch.testing.assert_close(states(encoder), expected, rtol=0, atol=1e-5)
-    takes_it = encoder.config._attn_implementation == "cpu.py"
-    assert takes_it == (family not in ("mpnet", "deberta-v2"))
+    assert (encoder.config._attn_implementation == "cpu.py") == (family != "deberta-v2")
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     assert kinds == {Dropout} and model[1].p == 0.2
     encoder.train()(input_ids=torch.full((2, 7), 9)).last_hidden_state.sum().backward()

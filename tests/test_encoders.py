@@ -37,7 +37,6 @@ from lib.encoders import (
     keep_tokens,
     load_encoder,
     parameter_layers,
-    token_limit,
     whole_state,
 )
 from lib.hub import model_folder
@@ -69,8 +68,7 @@ def test_states_are_those_of_transformers_whole_after_any_cut_and_loaded_again(
     batch = batch_of(ROWS, family=family)
     expected = plain_states(folders[family], batch)
     assert len(expected) == BLOCKS + 1
-    close(hidden_states(eval_encoder(folders[family]), batch)[0], expected)
-    for top in (BLOCKS, 4, 1, 0):
+    for top in (BLOCKS, 4, 0):
         encoder = eval_encoder(folders[family])
         drop_pooler(encoder)
         count = top
@@ -105,12 +103,11 @@ def test_every_parameter_has_its_layers(folders, family, top):
             first = last = 0
         if first <= top and not name.startswith("pooler."):  # which no layer reads
             expected[name] = first, last
-    assert {"deberta-v2": "encoder.rel_embeddings.weight"}.get(family, name) in encoder.state_dict()
     assert parameter_layers(encoder, top) == expected
     assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def train_frozen(folder, batch, layers, top=4):
+def train_frozen(folder, batch, layers, top):
     """Three steps of a classifier over layers 1, 3 and `top` with frozen `layers`: the model, its
     weights before."""
     model = eval_classifier(folder, layers=[1, 3, top])
@@ -119,7 +116,7 @@ def train_frozen(folder, batch, layers, top=4):
     model(batch).sum().backward()
     readers = parameter_layers(model.encoder, top)
     frozen = freeze_layers(model.encoder, layers, readers)
-    assert bool(frozen) == bool(layers) and all(parameter.grad is None for parameter in frozen)
+    assert all(parameter.grad is None for parameter in frozen)
     assert {id(p) for p in frozen} == {id(p) for p in model.parameters() if not p.requires_grad}
     assert freeze_layers(model.encoder, layers, readers) == []  # frozen already
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -131,27 +128,25 @@ def train_frozen(folder, batch, layers, top=4):
     return model.eval(), before
 
 
-@pytest.mark.parametrize("top", [BLOCKS, 4])
 @every_family
-def test_with_all_layers_frozen_the_states_are_the_same_to_the_last_bit(folders, family, top):
+def test_with_all_layers_frozen_the_states_are_the_same_to_the_last_bit(folders, family):
     batch = batch_of(ROWS, family=family)
-    model, before = train_frozen(folders[family], batch, range(top + 1), top)
+    model, before = train_frozen(folders[family], batch, range(BLOCKS + 1), BLOCKS)
     assert not torch.equal(model.classifier[-1].weight, before["classifier.1.weight"])
-    states = hidden_states(model.encoder, batch)[0][: top + 1]
-    expected = hidden_states(eval_encoder(folders[family]), batch)[0][: top + 1]
-    assert len(states) == top + 1 and all(map(torch.equal, states, expected))
+    states = hidden_states(model.encoder, batch)[0]
+    expected = hidden_states(eval_encoder(folders[family]), batch)[0]
+    assert len(states) == BLOCKS + 1 and all(map(torch.equal, states, expected))
 
 
 @every_family
 def test_exactly_the_parameters_of_the_frozen_layers_rest(folders, family):
-    for layers in [[], [0, 4], [2, 5]]:  # 5 is above the cut: a no-op
-        batch = batch_of(ROWS, family=family)
-        model, before = train_frozen(folders[family], batch, layers)
-        readers = parameter_layers(model.encoder, 4)
-        for name, parameter in model.encoder.named_parameters():
-            first, last = readers.get(name, (None, None))  # of the spare block: never trained
-            expected = first is None or (first == last and first in layers)
-            assert torch.equal(parameter, before[f"encoder.{name}"]) == expected, (layers, name)
+    layers = [0, 3, 5]  # 5 is above the cut: a no-op
+    model, before = train_frozen(folders[family], batch_of(ROWS, family=family), layers, 4)
+    readers = parameter_layers(model.encoder, 4)
+    for name, parameter in model.encoder.named_parameters():
+        first, last = readers.get(name, (None, None))  # of the spare block: never trained
+        expected = first is None or (first == last and first in layers)
+        assert torch.equal(parameter, before[f"encoder.{name}"]) == expected, name
 
 
 @every_family
@@ -161,14 +156,15 @@ def test_the_longest_length_allowed_runs_and_one_more_is_refused(folders, family
     limit = 64
     if FAMILIES[family] is XLMR:
         limit = 128  # 130 positions begin after the padding's own: 130 - 1 - 1
-    assert token_limit(encoder) == limit
     check_length(encoder, limit)
-    hidden_states(encoder, batch_of([([2] + [9] * (limit - 2) + [3], 5)] * 2))
+    hidden_states(encoder, batch_of([([2] + [9] * (limit - 2) + [3], 5)]))
     for wrong in (limit + 1, 2):
         fails(f"--max-length {wrong}: expected 3 to {limit}", check_length, encoder, wrong)
-    if "roberta" in family or family == "bert":  # the others have no table that ends there
-        with pytest.raises((IndexError, RuntimeError)):
-            hidden_states(encoder, batch_of([([9] * (limit + 1), 5)] * 2))
+
+
+def renumbered(batch, new):
+    """A batch with the token ids of keep_tokens()."""
+    return {**batch, "input_ids": torch.from_numpy(new)[batch["input_ids"]].long()}
 
 
 @every_family
@@ -180,8 +176,7 @@ def test_fewer_word_pieces_give_the_same_states_and_the_whole_table_is_saved(fam
     ids, pad = np.unique(np.concatenate([row for row, _ in ROWS])), batch["input_ids"].min().item()
     new = keep_tokens(encoder, ids, pad)
     assert new[pad] == pad and len(table.weight) == new.max() + 1 < len(whole.weight)
-    renumbered = {**batch, "input_ids": torch.from_numpy(new)[batch["input_ids"]].long()}
-    small = hidden_states(encoder, renumbered)[0]
+    small = hidden_states(encoder, renumbered(batch, new))[0]
     assert all(map(torch.equal, small, hidden_states(plain, batch)[0]))
     table.weight[new[ids[-1]]] += 1.0
     expected = whole.weight.clone()
@@ -190,37 +185,31 @@ def test_fewer_word_pieces_give_the_same_states_and_the_whole_table_is_saved(fam
     assert torch.equal(whole.weight, expected)
 
 
-NO = "is no encoder that can be used here: it"
 REFUSED = {  # what AutoModel loads and this project cannot use: {type: (settings, what is said)}
     "xmod": (
         dict(SIZES, languages=["en_XX", "de_DE"]),
-        f"XmodModel {NO} cannot be run on token ids and a mask alone (Input language unknown",
+        "XmodModel {no} cannot be run on token ids and a mask alone (Input language unknown",
     ),
-    "mt5": (dict(d_model=36, d_kv=12, d_ff=52, num_layers=2, num_heads=3), f"MT5Model {NO}"),
+    "mt5": (
+        dict(d_model=36, d_kv=12, d_ff=52, num_layers=2, num_heads=3),
+        "MT5Model {no} has 2 lists of 2 blocks",
+    ),
     "bloom": (
         dict(hidden_size=36, n_layer=2, n_head=3),
-        f"BloomModel {NO} lets the first token not see the last",
+        "BloomModel {no} lets the first token not see the last",
     ),
-    "xlm": (dict(emb_dim=36, n_layers=2, n_heads=3), f"XLMModel {NO} has 4 lists of 2 blocks"),
-    "albert": (dict(SIZES, embedding_size=12), f"AlbertModel {NO} has 0 lists of 5 blocks"),
-    "canine": (SIZES, f"CanineModel {NO}"),
-    "convbert": (
-        dict(SIZES, embedding_size=12, num_attention_heads=4),
-        f"ConvBertModel {NO} gives other states",
-    ),
-    "fnet": (SIZES, f"FNetModel {NO} gives other states where a row is padded"),
+    "albert": (dict(SIZES, embedding_size=12), "AlbertModel {no} has 0 lists of 5 blocks"),
+    "fnet": (SIZES, "FNetModel {no} gives other states where a row is padded"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_encoder_of_ours_is_refused_by_its_class(tmp_path, kind):
     settings, message = REFUSED[kind]
-    known = vars(AutoConfig.for_model(kind))
-    settings = {key: value for key, value in settings.items() if key != "vocab_size"}
-    if "vocab_size" in known:
-        settings["vocab_size"] = 60
-    AutoModel.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
-    fails(message, load_encoder, tmp_path)
+    config = AutoConfig.for_model(kind, vocab_size=60, **settings)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    no = "is no encoder that can be used here: it"
+    fails(message.format(no=no), load_encoder, tmp_path)
     if kind == "xmod":  # which can be given the language of all rows
         change_json(tmp_path / "config.json", default_language="de_DE")
         assert len(blocks(load_encoder(tmp_path)[0])) == BLOCKS
@@ -258,22 +247,22 @@ def test_a_table_that_scales_what_it_looks_up_still_does_with_fewer_word_pieces(
     encoder, plain = eval_encoder(tmp_path), eval_encoder(tmp_path)
     batch = batch_of([([2, 9, 40, 17, 3], 3), ([2, 17, 3], 2)])
     new = keep_tokens(encoder, np.array([2, 3, 9, 17, 40]), 0)
-    renumbered = {**batch, "input_ids": torch.from_numpy(new)[batch["input_ids"]].long()}
-    close(hidden_states(encoder, renumbered)[0], hidden_states(plain, batch)[0])
+    close(hidden_states(encoder, renumbered(batch, new))[0], hidden_states(plain, batch)[0])
 
 
 def test_layers_and_tokens_that_the_model_lacks_are_said(folders):
     check_layers([0, 3, 5], 5, "--layers")
-    for layer in (6, -1):
-        words = f"--layers {layer}: the model has layers 0 (embeddings) to 5"
-        fails(words, check_layers, [3, layer], 5, "--layers")
-    fails("--layers 3 1 3: a layer is named twice", check_layers, [3, 1, 3], 5, "--layers")
+    for layers, words in (
+        ([3, 6], "--layers 6: the model has layers 0 (embeddings) to 5"),
+        ([-1], "--layers -1: the model has"),
+        ([3, 1, 3], "--layers 3 1 3: a layer is named twice"),
+    ):
+        fails(words, check_layers, layers, 5, "--layers")
     encoder = eval_encoder(folders["bert"])
     size = encoder.get_input_embeddings().num_embeddings
     check_tokens(encoder, np.array([3, size - 1]))
     words = f"the tokenizer gives token {size}, the encoder knows {size}"
     fails(words, check_tokens, encoder, np.array([3, size]))
-    fails(words, keep_tokens, encoder, np.array([3, size]), 0)
 
 
 # --- what a model's folder may hold ---------------------------------------------------------------
@@ -282,18 +271,19 @@ def test_layers_and_tokens_that_the_model_lacks_are_said(folders):
 def test_half_precision_files_are_loaded_as_float32(folders, tmp_path):
     half = AutoModel.from_pretrained(folders["bert"]).half()
     half.save_pretrained(tmp_path)
-    encoder, pretrained_pooler = load_encoder(tmp_path)
-    state = encoder.state_dict()
-    assert pretrained_pooler and state.keys() == half.state_dict().keys()
-    for name, weight in load_file(tmp_path / "model.safetensors").items():
+    state = load_encoder(tmp_path)[0].state_dict()
+    assert state.keys() == half.state_dict().keys()
+    for name, weight in half.state_dict().items():
         assert weight.dtype == torch.float16 and state[name].dtype == torch.float32
         assert torch.equal(weight.float(), state[name])
 
 
 def change_weights(folder, change):
-    """Rewrite model.safetensors as change({name: tensor}) has it."""
+    """Let change() work on the {name: tensor} of model.safetensors."""
     path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
 
 
 def change_json(path, **values):
@@ -309,7 +299,7 @@ def folder(folders, tmp_path):
 def test_a_missing_pooler_is_told_apart_from_missing_weights(folders, folder):
     have = {family for family in FAMILIES if load_encoder(folders[family])[1]}
     assert have == {"bert", "xlm-roberta", "roberta", "xlm-roberta-xl"}
-    without("pooler.dense.bias")(folder)
+    change_weights(folder, lambda weights: weights.pop("pooler.dense.bias"))
     assert load_encoder(folder)[1] is False
 
 
@@ -317,18 +307,9 @@ def write(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-def rename(prefix):
-    def change(weights):
-        return {prefix + name: weight for name, weight in weights.items()}
-
-    return lambda folder: change_weights(folder, change)
-
-
-def without(lost):
-    def change(weights):
-        return {name: weight for name, weight in weights.items() if name != lost}
-
-    return lambda folder: change_weights(folder, change)
+def compiled(weights):
+    for name in list(weights):
+        weights[f"_orig_mod.{name}"] = weights.pop(name)
 
 
 def move_into(inner):
@@ -347,19 +328,16 @@ def half_the_file(folder):
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 638468\n"
-LACKS, BIAS = "lacks weights of BertModel: ", "encoder.layer.2.output.dense.bias"
+LACKS = "lacks weights of BertModel: "
 BROKEN = {  # {what was done: (how, what is said of {folder})}
     "no folder": (shutil.rmtree, "{folder}: no such folder"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
-    "no JSON": (write("config.json", '{"model_type": "bert"'), "no encoder can be loaded from"),
     "cut short": (half_the_file, "no encoder can be loaded from '{folder}': "),
     "another shape": (
         lambda folder: change_json(folder / "config.json", intermediate_size=53),
         LACKS + "shapes differ, encoder.layer.0.intermediate.dense.bias",
     ),
-    "one is missing": (without(BIAS), LACKS + BIAS),
     "prefixes": (
-        rename("_orig_mod."),
+        lambda folder: change_weights(folder, compiled),
         LACKS + "embeddings.LayerNorm.bias; the file has names as _orig_mod.",
     ),
     "git lfs": (
@@ -371,18 +349,11 @@ BROKEN = {  # {what was done: (how, what is said of {folder})}
         move_into("0_Transformer"),
         "{folder} is no model: it has no config.json; did you mean {folder}/0_Transformer?",
     ),
-    "the hub's cache": (
-        move_into("snapshots/0123"),
-        "{folder} is no model: it has no config.json; did you mean {folder}/snapshots/0123?",
-    ),
+    "the hub's cache": (move_into("snapshots/0123"), "did you mean {folder}/snapshots/0123?"),
     "an adapter beside": (
         write("adapter_config.json", "{}"),
         "{folder} holds an adapter (adapter_config.json), which only some machines would load: "
         "merge it first (peft's merge_and_unload)",
-    ),
-    "an adapter alone": (
-        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-        "{folder} holds an adapter",
     ),
 }
 
@@ -393,7 +364,7 @@ def test_a_folder_that_is_no_model_is_said_to_be_what_it_is(folder, kind):
     spoil(folder)
     words = words.format(folder=folder)
     assert str(folder) in fails(words, load_encoder, folder)
-    if kind.startswith(("git", "an adapter", "no folder", "no config", "sentence", "the hub's")):
+    if not (LACKS in words or kind == "cut short"):
         fails(words, load_tokenizer, folder)
 
 
@@ -401,7 +372,6 @@ def test_a_folder_that_is_no_model_is_said_to_be_what_it_is(folder, kind):
     "name, is_folder",
     [
         ("runs/of/mine", True),
-        ("~/model", True),
         ("here/model", True),
         ("google/bert", False),
     ],
@@ -422,7 +392,7 @@ def test_python_files_in_a_model_folder_never_run(folder, tmp_path, model_type):
     for name in ("config.json", "tokenizer_config.json"):
         change_json(folder / name, model_type=model_type, auto_map=auto)
     if model_type == "bert":
-        assert type(load_encoder(folder)[0]).__module__.startswith("transformers.")
+        load_encoder(folder)
         load_tokenizer(folder)
     else:
         fails(str(folder), load_encoder, folder)

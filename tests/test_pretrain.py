@@ -1,13 +1,14 @@
 """sample/pretrain.py: its batches and masks by hand, and that it learns and repeats itself."""
 
 import json
+import shutil
 import sys
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, ROOT, WORDS, make_tokenizer, toy_rows
+from conftest import LABELS, ROOT, WORDS, toy_rows
 from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(ROOT / "sample"))
@@ -42,13 +43,11 @@ def run(parallel, out, flags, vocabulary=None):
 
 
 @pytest.fixture(scope="module")
-def encoded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    tokenizer, parts = AutoTokenizer.from_pretrained(folder), []
+def encoded(model_folder):
+    tokenizer, parts = AutoTokenizer.from_pretrained(model_folder), []
     for language in WORDS:
         texts = [text for text, _ in toy_rows(language, 23, 0)]
-        parts.append(encode(tokenizer, Rows(texts, labels=[0] * 23), 48))
+        parts.append(encode(tokenizer, Rows(texts), 48))
     return parts
 
 
@@ -115,8 +114,8 @@ def test_the_model_is_one_that_every_script_reads(parallel, tmp_path):
 
 
 def test_it_learns_to_fill_in_masks(parallel, tmp_path):
-    before, after = (run(parallel, tmp_path, f"--steps {n} --lr 3e-3")["loss"] for n in (2, 150))
-    assert after < 0.85 * before
+    before, after = (run(parallel, tmp_path, f"--steps {n} --lr 3e-3")["loss"] for n in (2, 100))
+    assert after < 0.9 * before
 
 
 def test_a_vocabulary_is_trained_where_there_is_none(parallel, tmp_path):
@@ -126,20 +125,19 @@ def test_a_vocabulary_is_trained_where_there_is_none(parallel, tmp_path):
     assert pieces[:5] == pretrain.SPECIAL and len(pieces) == len(set(pieces)) <= 120
 
 
-def test_heads_that_do_not_divide_the_hidden_size(script, tmp_path):
-    paths = "--data", "d", "--vocab", "v", "--out", tmp_path / "out"
-    status, _, error = script("pretrain", *paths, "--heads", 5)
+def test_heads_that_do_not_divide_the_hidden_size(script):
+    status, _, error = script("pretrain", *"--data d --vocab v --out o --heads 5".split())
     assert status == 2 and "--heads 5: does not divide --hidden-size 96" in error
 
 
 def test_files_that_are_not_parallel_are_refused(parallel, tmp_path, script):
-    for path in [*parallel.glob("train.*.tsv"), parallel / "labels.txt"]:
-        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    with open(tmp_path / "train.zh.tsv", "a", encoding="utf-8") as file:
+    data = shutil.copytree(parallel, tmp_path / "data")
+    with open(data / "train.zh.tsv", "a", encoding="utf-8") as file:
         file.write("钱\trefund\n")
-    command = ["pretrain", "--data", tmp_path, "--vocab", parallel / "vocab.txt", "--out"]
-    status, _, error = script(*command, tmp_path / "out")
+    command = "pretrain", "--data", data, "--vocab", data / "vocab.txt", "--out", tmp_path / "out"
+    status, _, error = script(*command)
     assert status == 2 and "the train files are not row-parallel" in error
-    (tmp_path / "train.zh.tsv").unlink(), (tmp_path / "train.de.tsv").unlink()
-    status, _, error = script(*command, tmp_path / "out")
+    for language in ("zh", "de"):
+        (data / f"train.{language}.tsv").unlink()
+    status, _, error = script(*command)
     assert status == 2 and "has train in en: two or more are needed" in error

@@ -28,7 +28,6 @@ from transformers import AutoModel, AutoTokenizer
 import train
 from data import train_batches
 from lib import folders, run_log
-from lib.devices import pick_precision
 
 BASE = "--epochs 3 --batch-size 13 --lr 1e-3 --precision fp32 --max-length 32"
 STEPS = 5  # an epoch: 60 rows, 13 at once
@@ -70,9 +69,23 @@ def fine_tune(*arguments):
 
 
 @pytest.fixture
-def run(script):
-    """fine_tune() as a user calls it: (exit status, stdout, stderr)."""
-    return lambda *arguments: script("train", *command(*arguments))
+def tune(model_folder, data_folder, tmp_path):
+    """tune("--flag value", ...) is fine_tune() to tmp_path, of the toy model on the toy data."""
+
+    def call(*flags, out=tmp_path, model=model_folder, data=data_folder):
+        return fine_tune(out, model, data, *flags)
+
+    return call
+
+
+@pytest.fixture
+def run(script, model_folder, data_folder, tmp_path):
+    """tune() as a user calls it: (exit status, stdout, stderr)."""
+
+    def call(*flags, out=tmp_path, model=model_folder, data=data_folder):
+        return script("train", *command(out, model, data, *flags))
+
+    return call
 
 
 def metrics(out):
@@ -93,6 +106,12 @@ def weights(folder):
     for name, tensor in load_file(Path(folder) / "model.safetensors").items():
         tensors[f"encoder.{name}"] = tensor
     return tensors
+
+
+def assert_close_weights(one, other, atol=1e-6):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=atol, msg=name)
 
 
 def assert_same_run(one, other):
@@ -172,15 +191,14 @@ def plain_fine_tuning(model, data, head, epochs, peak):
     return encoder, linear, history, max(norms)
 
 
-@pytest.mark.parametrize("head, pairs, epochs", [("layers", False, 4), ("pooler", True, 2)])
+@pytest.mark.parametrize("head", ["layers", "pooler"])
 def test_weights_are_those_of_a_plain_loop(
-    head, pairs, epochs, still_model, data_folder, pair_data, tmp_path
+    head, tune, still_model, data_folder, pair_data, tmp_path
 ):
-    data, chosen = data_folder, "--layers 1 3"
-    if pairs:
-        data, chosen = pair_data, "--head pooler"
-    flags = f"{chosen} --lr 1e-4 --dropout 0 --epochs {epochs}"
-    fine_tune(tmp_path, still_model, data, flags)
+    data, epochs, flags = data_folder, 4, "--layers 1 3"
+    if head == "pooler":
+        data, epochs, flags = pair_data, 2, "--head pooler"
+    tune(f"{flags} --lr 1e-4 --dropout 0 --epochs {epochs}", model=still_model, data=data)
     encoder, linear, history, norm = plain_fine_tuning(still_model, data, head, epochs, 1e-4)
     assert norm > 1.1  # else nothing was clipped
     trained = weights(tmp_path / "epochs" / str(epochs))
@@ -189,9 +207,7 @@ def test_weights_are_those_of_a_plain_loop(
     if head == "layers":
         cut = ("encoder.pooler.", "encoder.encoder.layer.3.", "encoder.encoder.layer.4.")
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith(cut)}
-    assert trained.keys() == plain.keys()
-    for name, tensor in trained.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-6, msg=name)
+    assert_close_weights(trained, plain)
     start = AutoModel.from_pretrained(still_model).state_dict()
     for name in ("embeddings.word_embeddings.weight", "encoder.layer.2.output.dense.weight"):
         moved = (trained[f"encoder.{name}"] - start[name]).abs().max()
@@ -202,50 +218,43 @@ def test_weights_are_those_of_a_plain_loop(
 
 
 @pytest.mark.parametrize("parts, sizes", [(5, [3, 3, 3, 2, 2]), (99, [1] * 13)])
-def test_accumulating_gives_the_same_weights(parts, sizes, still_model, data_folder, tmp_path):
-    flags, seen = "--layers 1 3 --dropout 0 --lr 1e-4 --epochs 2", []
-    fine_tune(tmp_path / "whole", still_model, data_folder, flags)
+def test_accumulating_gives_the_same_weights(parts, sizes, tune, still_model, tmp_path):
+    flags, seen = "--layers 1 3 --dropout 0 --lr 1e-4 --epochs 1", []
+    tune(flags, model=still_model, out=tmp_path / "whole")
     with watching(lambda batches, **_: seen.append([len(part["labels"]) for part in batches])):
-        fine_tune(tmp_path / "parts", still_model, data_folder, flags, f"--accumulate {parts}")
-    assert seen.count(sizes) == 8 and all(sum(step) in (8, 13) for step in seen)
-    whole, split = (weights(tmp_path / name / "epochs/2") for name in ("whole", "parts"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(split[name], tensor, rtol=0, atol=1e-6)
+        tune(flags, f"--accumulate {parts}", model=still_model, out=tmp_path / "parts")
+    assert seen.count(sizes) == 4 and sum(map(sum, seen)) == 60
+    whole, split = (weights(tmp_path / name / "epochs/1") for name in ("whole", "parts"))
+    assert_close_weights(split, whole)
 
 
 def test_weight_decay_is_decoupled_and_on_matrices_alone():
     parts = torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Embedding(3, 5)
     model = torch.nn.Sequential(*parts)
-    torch.nn.init.uniform_(model[0].bias)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = train.make_optimizer(model, 0.3)
     for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     optimizer.step()
-    matrix, *others = model.parameters()
-    assert torch.allclose(matrix, before[0] * (1 - 0.1 * 0.3))
-    assert all(map(torch.equal, others, before[1:]))
+    values = [parameter.unique().item() for parameter in model.parameters()]
+    assert values == pytest.approx([1 - 0.1 * 0.3, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("steps", [1, 4, 37])
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_learning_rate_is_that_of_transformers(steps, schedule):
+def test_learning_rate_is_that_of_transformers(schedule):
     """In warm-up one step ahead of theirs, which begins with a rate of 0; after it the same."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.03)
-    warm, theirs = max(1, round(steps / 10)), []
-    if schedule == "linear":
-        scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warm, steps)
-    else:
-        scheduler = transformers.get_constant_schedule_with_warmup(optimizer, warm)
-    for _ in range(steps + 1):
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    scheduler, theirs = transformers.get_scheduler(name, optimizer, 4, 37), []
+    for _ in range(37):
         theirs.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    rates = [train.learning_rate(step, steps, 0.03, schedule) for step in range(steps)]
-    assert rates[:warm] == pytest.approx(theirs[1 : warm + 1] if steps > 1 else [0.03])
-    assert rates[warm:] == pytest.approx(theirs[warm:steps])
+    rates = [train.learning_rate(step, 37, 0.03, schedule) for step in range(37)]
+    assert rates[:4] == pytest.approx(theirs[1:5]) and rates[4:] == pytest.approx(theirs[4:])
+    assert train.learning_rate(0, 1, 0.03, schedule) == 0.03
 
 
 # --- freezing -------------------------------------------------------------------------------------
@@ -297,68 +306,33 @@ def test_frozen_weights_have_no_gradient_and_no_moments_and_dropout_stays_on(fro
     assert len({seen.random for seen in frozen_run.seen}) == 3 * STEPS  # drawn anew at each step
 
 
-def test_a_pooler_that_no_layer_reads_does_not_freeze_with_layer_0(
-    model_folder, data_folder, tmp_path
-):
-    flags = "--head pooler --freeze-layers 0 1 2 3 4 5 --freeze-epoch 0 --epochs 1"
-    fine_tune(tmp_path, model_folder, data_folder, flags)
+def test_a_pooler_that_no_layer_reads_does_not_freeze_with_layer_0(tune, model_folder, tmp_path):
+    tune("--head pooler --freeze-layers 0 1 2 3 4 5 --freeze-epoch 0 --epochs 1")
     before = load_file(Path(model_folder) / "model.safetensors")
     after = load_file(tmp_path / "epochs/1/model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
-def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(
-    frozen_run, model_folder, data_folder
-):
-    lines = frozen_run.text.splitlines()
-    assert lines[0] == "BertModel, 5 blocks: max pooling of layers 1 3, the 2 above cut off"
-    assert lines[1] == "layers to freeze: 5 2 0"
-    no_op = "freezing layer 5 is a no-op: it is above the highest layer pooled and was cut off"
-    assert lines[2] == no_op
-    count = AutoTokenizer.from_pretrained(model_folder).vocab_size
-    used, words = lines[3].split(" ", 1)
-    assert words == f"of {count} word pieces are in the data; the others stay as they are"
+def test_start_says_layers_used_cut_and_frozen_and_what_is_trained(frozen_run, model_folder):
+    text = frozen_run.text
+    assert text.startswith("BertModel, 5 blocks: max pooling of layers 1 3, the 2 above cut off\n")
+    assert "freezing layer 5 is a no-op: it is above the highest layer pooled" in text
+    used, whole = map(int, re.search(r"(\d+) of (\d+) word pieces are in the data", text).groups())
+    assert used < whole == AutoTokenizer.from_pretrained(model_folder).vocab_size
     # a block, 36 wide and 52 in the middle: query, key, value, output, two norms, two matrices
     block = 4 * (36 * 36 + 36) + 2 * (2 * 36) + (36 * 52 + 52) + (52 * 36 + 36)
     classifier = 72 * 4 + 4
-    trained = (int(used) + 64 + 2) * 36 + 2 * 36 + 3 * block + classifier
-    lengths = np.array([len(text.split()) + 2 for text, _ in table(f"{data_folder}/train.en.tsv")])
-    padded = 0
-    for rows in train_batches(lengths, 13, 0, 0):
-        padded += len(rows) * -(-max(lengths[rows]) // 8) * 8
-    padding = 1 - sum(lengths) / padded
-    assert lines[4] == (
-        f"{trained:,} parameters to train, 5 steps an epoch, {padding:.1%} of the tokens are "
-        "padding"
-    )
-    assert lines[5] == "cpu, float32 products (as asked)"
+    trained = (used + 64 + 2) * 36 + 2 * 36 + 3 * block + classifier
+    assert f"\n{trained:,} parameters to train, 5 steps an epoch, " in text
+    assert "\ncpu, float32 products (as asked)\n" in text
     left = 2 * block + classifier
-    assert (
-        f"layers 0 2 5 are frozen from here on, {left:,} parameters to train\n" in frozen_run.text
-    )
+    assert f"layers 0 2 5 are frozen from here on, {left:,} parameters to train\n" in text
     assert [row["frozen_layers"] for row in metrics(frozen_run.out)] == [[]] * 4 + [[0, 2, 5]] * 8
 
 
-@pytest.mark.parametrize(
-    "flag, has, expected",
-    [
-        ("auto", True, "bfloat16 products (the hardware has it)"),
-        ("auto", False, "float32 products (the hardware has no bf16)"),
-        ("bf16", False, "bfloat16 products (as asked)"),
-    ],
-)
-def test_start_says_why_the_products_are_in_this_precision(flag, has, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    cpu = torch.device("cpu")
-    line = run_log.precision_line(pick_precision(flag, cpu), flag, cpu, 2)
-    assert line == f"2 processes on cpu, {expected}"
-
-
 @pytest.mark.skipif("PROVE" not in os.environ, reason="half a minute: make prove")
-def test_compiled_is_the_same_run_before_and_after_freezing(
-    model_folder, data_folder, tmp_path, monkeypatch
-):
+def test_compiled_is_the_same_run_before_and_after_freezing(tune, tmp_path, monkeypatch):
     """With PyTorch's own dropout in both: a compiled model does without lib/cpu.py."""
     compile_, asked = torch.nn.Module.compile, []
 
@@ -368,26 +342,12 @@ def test_compiled_is_the_same_run_before_and_after_freezing(
 
     monkeypatch.setattr(train.Classifier, "compile", compile_quickly)
     flags = "--layers 0 1 --freeze-layers 0 --freeze-epoch 1 --epochs 2 --max-train-rows 26"
-    fine_tune(tmp_path / "compiled", model_folder, data_folder, flags, "--compile")
+    tune(flags, "--compile", out=tmp_path / "compiled")
     monkeypatch.setattr(train, "make_fast", lambda model: None)
-    fine_tune(tmp_path / "plain", model_folder, data_folder, flags)
+    tune(flags, out=tmp_path / "plain")
     assert asked == [{"dynamic": True}]
-    for row, plain in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "plain")):
-        assert row.pop("loss") == pytest.approx(plain.pop("loss"), rel=1e-5)
-        assert row == plain
     compiled, plain = (weights(tmp_path / name / "epochs/2") for name in ("compiled", "plain"))
-    for name, tensor in plain.items():
-        torch.testing.assert_close(compiled[name], tensor, rtol=0, atol=1e-5)
-
-
-def test_freezing_a_layer_above_the_cut_changes_nothing(model_folder, data_folder, tmp_path):
-    flags = "--layers 1 3 --freeze-layers 4 5 --freeze-epoch 1"
-    fine_tune(tmp_path / "noop", model_folder, data_folder, flags)
-    fine_tune(tmp_path / "plain", model_folder, data_folder, "--layers 1 3")
-    path = tmp_path / "noop/metrics.jsonl"
-    assert '"frozen_layers": [4, 5]' in path.read_text()
-    path.write_text(path.read_text().replace("[4, 5]", "[]"))
-    assert_same_run(tmp_path / "noop", tmp_path / "plain")
+    assert_close_weights(compiled, plain, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +356,6 @@ def test_freezing_a_layer_above_the_cut_changes_nothing(model_folder, data_folde
         ([0.9, 0.9, 0.9, 0.9], [0.2, 0.4, 0.5, 0.4], [0.4, 0.6, 0.5, 0.4], 4),  # a tie is no fall
         ([0.9, 0.8, 0.7, 0.6], [0.2, 0.4, 0.5, 0.6], [0.4, 0.6, 0.5, 0.4], None),  # English alone
         ([0.1, 0.2, 0.3, 0.9], [0.6, 0.5, 0.4, 0.9], [0.4, 0.4, 0.4, 0.9], 2),  # never thawed
-        ([0.9, 0.9, 0.9, 0.9], [0.1, 0.3, 0.3, 0.1], [0.5, 0.3, 0.3, 0.5], None),
         # the mean of these two is not the same float
         ([0.9, 0.9, 0.9, 0.9], [0.1, 0.2, 0.4, 0.4], [0.2, 0.1, 0.4, 0.3], 4),
     ],
@@ -421,14 +380,15 @@ def auto_run(model_folder, data_folder, tmp_path_factory):
 
 
 def test_automatic_freezing_agrees_with_the_metrics(auto_run):
-    evaluations = {}
+    evaluations, frozen = {}, {}
     for row in metrics(auto_run.out):
-        evaluations.setdefault(row["step"], {})[row["split"], row["language"]] = row
+        evaluations.setdefault(row["step"], {})[row["language"]] = row["accuracy"]
+        frozen.setdefault(row["step"], row["frozen_layers"])
     assert list(evaluations) == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     best, expected = -1, []
-    for rows in evaluations.values():
-        assert all(row["frozen_layers"] == expected for row in rows.values())
-        mean = (rows["dev", "de"]["accuracy"] + rows["dev", "zh"]["accuracy"]) / 2
+    for step, accuracies in evaluations.items():
+        assert frozen[step] == expected
+        mean = (accuracies["de"] + accuracies["zh"]) / 2
         if mean < best:
             expected = [1, 2]
         best = max(best, mean)
@@ -484,25 +444,23 @@ def interrupted(owner, name, calls, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     "settings, stops",
     [
-        *[("epoch", [k]) for k in (2, 4, 5, 6, 11)],
+        ("epoch", [2]),
+        ("epoch", [5]),
         ("epoch", [4, 3, 4, 2, 2]),
-        *[("auto", [k]) for k in (5, 9)],
         ("auto", [5, 4, 4]),
         ("pooler", [9]),
     ],
 )
 def test_killed_and_started_again_is_as_never_stopped(
-    settings, stops, unstopped, model_folder, data_folder, tmp_path, monkeypatch
+    settings, stops, tune, unstopped, tmp_path, monkeypatch
 ):
-    arguments = tmp_path, model_folder, data_folder, SETTINGS[settings]
     # TensorBoard orders the files of one second by a number's text, "9" after "10": begin at 0
     uid = "tensorboard.summary.writer.event_file_writer._global_uid"
     monkeypatch.setattr(uid, AtomicCounter(0))
     for steps in stops:
         with interrupted(train, "learning_rate", steps):
-            fine_tune(*arguments)
-    save_steps = 3 if "--save-steps" in SETTINGS[settings] else STEPS
-    assert ("going on after step" in fine_tune(*arguments)) == (sum(stops) >= save_steps)
+            tune(SETTINGS[settings])
+    assert ("going on after step" in tune(SETTINGS[settings])) == (sum(stops) > 2)
     assert_same_run(tmp_path, unstopped(settings))
     assert json.loads((tmp_path / "run.json").read_text())["complete"] is True
     steps = [event.step for event in events(tmp_path).Scalars("train/loss")]
@@ -512,108 +470,79 @@ def test_killed_and_started_again_is_as_never_stopped(
 @pytest.mark.parametrize(
     "owner, name, calls",
     [
-        (train, "save_state", 3),
         (torch, "save", 2),
-        (train, "save_model", 2),
         (train, "save_model", 3),  # the mean
         (run_log.Log, "evaluation", 1),
         (train, "finish_folder", 0),
         (folders.os, "replace", 5),
     ],
 )
-def test_killed_while_saving_is_as_never_stopped(
-    owner, name, calls, unstopped, model_folder, data_folder, tmp_path
-):
-    arguments = tmp_path, model_folder, data_folder, SETTINGS["epoch"]
+def test_killed_while_saving_is_as_never_stopped(owner, name, calls, tune, unstopped, tmp_path):
     with interrupted(owner, name, calls):
-        fine_tune(*arguments)
-    fine_tune(*arguments)
+        tune(SETTINGS["epoch"])
+    tune(SETTINGS["epoch"])
     assert_same_run(tmp_path, unstopped("epoch"))
     assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
 
 
 def test_running_out_of_memory_while_the_state_is_loaded_is_no_damage(
-    run, unstopped, model_folder, data_folder, tmp_path, monkeypatch
+    run, tune, tmp_path, monkeypatch
 ):
-    arguments = tmp_path, model_folder, data_folder, SETTINGS["epoch"]
     with interrupted(train, "learning_rate", 7):
-        fine_tune(*arguments)
+        tune(SETTINGS["epoch"])
     full = MemoryError("Unable to allocate 9 GiB")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(full))
-        status, _, error = run(*arguments)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(full))
+    status, _, error = run(SETTINGS["epoch"])
     assert status == 2 and "out of memory (Unable to allocate 9 GiB): with --accumulate 2" in error
     assert "damage" not in error
-    assert "going on after step 6" in run(*arguments)[1]
-    assert_same_run(tmp_path, unstopped("epoch"))
+    monkeypatch.undo()
+    assert saved_state(tmp_path)["step"] == 6
 
 
 def test_the_same_run_is_complete_from_another_path_too(
-    unstopped, model_folder, data_folder, tmp_path
+    frozen_run, tune, model_folder, data_folder, tmp_path
 ):
-    out = unstopped("epoch")
-    files = [path for path in out.rglob("*") if path.name != ".lock"]
-    before = [path.stat().st_mtime_ns for path in files]
+    before = (frozen_run.out / "metrics.jsonl").stat().st_mtime_ns
     model = shutil.copytree(model_folder, tmp_path / "model")
     data = shutil.copytree(data_folder, tmp_path / "data")
-    text = fine_tune(out, model, data, SETTINGS["epoch"])
-    assert text == f"{out} is complete already: nothing to do\n"
-    assert before == [path.stat().st_mtime_ns for path in files]
+    text = tune(FROZEN, out=frozen_run.out, model=model, data=data)
+    assert text == f"{frozen_run.out} is complete already: nothing to do\n"
+    assert before == (frozen_run.out / "metrics.jsonl").stat().st_mtime_ns
 
 
-def test_other_arguments_are_refused_by_name(frozen_run, run, model_folder, data_folder):
-    flags = "--layers 1 2 --lr 2e-3 --save-steps 7"
-    status, _, error = run(frozen_run.out, model_folder, data_folder, flags)
-    assert status == 2
+def test_other_arguments_are_refused_by_name_and_new_flags_were_at_their_default(
+    frozen_run, run, tmp_path
+):
+    old = json.loads((frozen_run.out / "run.json").read_text())
+    del old["arguments"]["combine"]  # as of a run that did not know it
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    status, out, _ = run(FROZEN, "--save-steps 7")
+    assert status == 0 and "complete already" in out
+    status, _, error = run("--layers 1 2 --save-steps 7 --combine mix")
+    assert status == 2 and "--overwrite" in error
     for phrase in (
-        "arguments.lr was 0.001, is now 0.002",
         "arguments.layers was [1, 3], is now [1, 2]",
         "arguments.freeze_epoch was 1, is now None",
-        "arguments.weight_decay was 0.1, is now 0.0",
-        "--overwrite",
+        "arguments.combine was 'concat', is now 'mix'",
     ):
         assert phrase in error
     assert "save_steps" not in error and "--precision" not in error
 
 
-def test_a_flag_that_an_older_run_does_not_know_counts_as_at_its_default(
-    run, model_folder, data_folder, tmp_path
-):
-    arguments = tmp_path, model_folder, data_folder, QUICK
-    assert run(*arguments)[0] == 0
-    old = json.loads((tmp_path / "run.json").read_text())
-    del old["arguments"]["combine"], old["arguments"]["hidden"]
-    (tmp_path / "run.json").write_text(json.dumps(old))
-    status, out, _ = run(*arguments)
-    assert status == 0 and "complete already" in out
-    status, _, error = run(*arguments, "--combine mix --hidden 7")
-    assert status == 2 and "arguments.combine was 'concat', is now 'mix'" in error
-    assert "arguments.hidden was 0, is now 7" in error
-
-
-def test_a_run_goes_on_where_auto_means_another_precision(
-    run, model_folder, data_folder, tmp_path, monkeypatch
-):
-    arguments = tmp_path, model_folder, data_folder, QUICK, "--precision"
-    for has in (False, True):
+def test_a_run_goes_on_where_auto_means_another_precision(frozen_run, run, monkeypatch):
+    for has, expected in (False, 0), (True, 2):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})  # noqa: B023
-        status, _, error = run(*arguments, "auto")
-        assert status == (2 if has else 0)
+        status, _, error = run(FROZEN, "--precision auto", out=frozen_run.out)
+        assert status == expected
     assert "precision was 'float32', is now 'bfloat16'. --precision fp32 is what it" in error
-    status, out, _ = run(*arguments, "fp32")
-    assert status == 0 and "complete already" in out
 
 
-def test_changed_data_and_changed_weights_are_refused(run, tmp_path):
-    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data")
-    arguments = tmp_path / "run", model, data, QUICK
-    assert run(*arguments)[0] == 0
-    make_data(tmp_path / "data", train=61)
-    status, _, error = run(*arguments)
+def test_changed_data_and_changed_weights_are_refused(frozen_run, run, tmp_path):
+    data = make_data(tmp_path / "data", train=61)
+    status, _, error = run(FROZEN, data=data, out=frozen_run.out)
     assert status == 2 and "data.train.en.tsv was" in error and "dev.en" not in error
-    make_data(tmp_path / "data")
-    make_model(tmp_path / "model", seed=1)
-    status, _, error = run(*arguments)
+    model = make_model(tmp_path / "model", seed=1)
+    status, _, error = run(FROZEN, model=model, out=frozen_run.out)
     assert status == 2 and "revision was" in error
 
 
@@ -641,28 +570,12 @@ def test_the_speed_counts_rows_and_not_full_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     with contextlib.closing(run_log.Log(tmp_path)) as log:
         log.start(0, 9)
-        log.step(32), log.step(5)
-        now[0] += 2
-        assert log.train(2, 1.0, 0.5, 1e-3) == 37 / 2
         now[0] += 7  # an evaluation, which does not count
         log.restart_clock()
-        log.step(8)
-        now[0] += 1
-        assert log.train(3, 1.0, 0.5, 1e-3) == 8
-
-
-def test_train_rows_count_the_steps_since_the_last_evaluation(auto_run, data_folder):
-    """The one batch of 8 rows of an epoch can be any of its five."""
-    lengths = np.array([len(text.split()) + 2 for text, _ in table(f"{data_folder}/train.en.tsv")])
-    sizes, last = [], 0
-    for epoch in range(3):
-        sizes += [len(rows) for rows in train_batches(lengths, 13, 0, epoch)]
-    scalars = {event.step: event.value for event in events(auto_run.out).Scalars("train/accuracy")}
-    for row in metrics(auto_run.out)[::4]:
-        right = row["accuracy"] * sum(sizes[last : row["step"]])
-        assert right == pytest.approx(round(right), abs=1e-9)
-        assert scalars[row["step"]] == pytest.approx(row["accuracy"])
-        last = row["step"]
+        for rows in (32, 5):
+            log.step(rows)
+        now[0] += 2
+        assert log.train(2, 1.0, 0.5, 1e-3) == 37 / 2
 
 
 def test_dev_accuracy_and_loss_are_those_of_the_kept_model(frozen_run, data_folder):
@@ -687,17 +600,17 @@ def test_dev_accuracy_and_loss_are_those_of_the_kept_model(frozen_run, data_fold
 
 def test_tensorboard_holds_the_metrics(auto_run):
     board, rows = events(auto_run.out), metrics(auto_run.out)
-    names = {"train/loss", "train/accuracy", "lr", "examples per second", "frozen layers"}
-    for language in ("de", "en", "zh"):
-        of_language = [row for row in rows if row["language"] == language]
+    tags = {"lr", "examples per second", "frozen layers"}
+    for language in ("", "de", "en", "zh"):
         for kind in ("accuracy", "loss"):
-            names.add(f"{kind}/dev/{language}")
-            scalars = board.Scalars(f"{kind}/dev/{language}")
-            assert [scalar.step for scalar in scalars] == [row["step"] for row in of_language]
-            values = [row[kind] for row in of_language]
-            assert [scalar.value for scalar in scalars] == pytest.approx(values)
-    assert set(board.Tags()["scalars"]) == names
-    assert [scalar.step for scalar in board.Scalars("lr")] == list(range(1, 16))
+            tag = f"{kind}/dev/{language}" if language else f"train/{kind}"
+            values = {scalar.step: scalar.value for scalar in board.Scalars(tag)}
+            assert len(values) == (9 if language else 15)
+            for row in rows:
+                if row["language"] == language:
+                    assert values[row["step"]] == pytest.approx(row[kind])
+            tags.add(tag)
+    assert set(board.Tags()["scalars"]) == tags
     counts = [scalar.value for scalar in board.Scalars("frozen layers")]
     assert counts == [len(row["frozen_layers"]) for row in rows if row["split"] == "train"]
 
@@ -716,9 +629,7 @@ def scripted(monkeypatch, **accuracies):
     monkeypatch.setattr(train, "evaluate", evaluate)
 
 
-def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(
-    model_folder, data_folder, tmp_path, monkeypatch
-):
+def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(tune, tmp_path, monkeypatch):
     """Best by hand: en 2 (tied with 3), de 4 (tied with 5), zh 1, joint 1, test 3; before epoch 4:
     de 1."""
     scripted(
@@ -730,24 +641,17 @@ def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(
         test_de=[0.1, 0.1, 0.8, 0.1, 0.8, 0.1],
     )
     after = []
-    monkeypatch.setattr(train, "save_state", lambda out, *_: after.append(kept(out)))
-    text = fine_tune(tmp_path, model_folder, data_folder, QUICK, "--epochs 6 --track-test")
+    monkeypatch.setattr(train, "save_state", lambda *_: after.append(kept(tmp_path)))
+    text = tune(QUICK, "--epochs 6 --track-test")
     assert list(map("".join, after)) == ["1", "12", "123", "1234", "12345", "12346"]
     assert "best epoch 2 by dev en, 1 by the others' dev\n" in text
 
 
-def test_run_json_describes_the_run(frozen_run):
-    run = json.loads((frozen_run.out / "run.json").read_text())
-    assert run["complete"] is True and run["labels"] == LABELS and run["precision"] == "float32"
-    assert run["arguments"]["layers"] == [1, 3] and run["arguments"]["freeze_epoch"] == 1
-    assert sorted(run["data"]) == ["dev.de.tsv", "dev.en.tsv", "dev.zh.tsv", "train.en.tsv"]
-
-
 @pytest.mark.parametrize("mask", [0o002, 0o077])
-def test_all_files_of_a_run_are_as_the_umask_wants_them(mask, model_folder, data_folder, tmp_path):
+def test_all_files_of_a_run_are_as_the_umask_wants_them(mask, tune, tmp_path):
     before = os.umask(mask)
     try:
-        fine_tune(tmp_path / "run", model_folder, data_folder, QUICK)
+        tune(QUICK, out=tmp_path / "run")
     finally:
         os.umask(before)
     for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]:
@@ -755,49 +659,28 @@ def test_all_files_of_a_run_are_as_the_umask_wants_them(mask, model_folder, data
         assert path.stat().st_mode & 0o777 == full & ~mask, path
 
 
-def test_a_file_system_without_modes_will_do(model_folder, data_folder, tmp_path, monkeypatch):
+def test_a_file_system_without_modes_will_do(tune, monkeypatch):
     error = OSError(95, "Operation not supported")
     monkeypatch.setattr(os, "chmod", lambda *_, **__: (_ for _ in ()).throw(error))
-    assert ": done" in fine_tune(tmp_path, model_folder, data_folder, QUICK)
+    assert ": done" in tune(QUICK)
 
 
 def test_test_files_are_opened_with_track_test_alone_and_change_nothing(
-    model_folder, data_folder, frozen_run, run, tmp_path
+    data_folder, frozen_run, tune, run, tmp_path
 ):
     out = tmp_path / "run"
-    fine_tune(out, model_folder, data_folder, FROZEN, "--track-test")
+    tune(FROZEN, "--track-test", out=out)
     rows = metrics(out)
     assert [row["language"] for row in rows if row["split"] == "test"] == ["en", "de", "zh"] * 3
     assert "accuracy/test/zh" in events(out).Tags()["scalars"]
     assert [row for row in rows if row["split"] != "test"] == metrics(frozen_run.out)
-    trained, plain = (weights(folder / "epochs/mean") for folder in (out, frozen_run.out))
-    assert all(torch.equal(trained[name], plain[name]) for name in plain)
 
     data = shutil.copytree(data_folder, tmp_path / "data")
     for path in data.glob("test.*.tsv"):
         path.write_bytes(b"\xff\xfe not a table")
-    fine_tune(tmp_path / "unread", model_folder, data, FROZEN)
-    assert_same_run(tmp_path / "unread", frozen_run.out)
-    status, _, error = run(tmp_path / "two", model_folder, data, FROZEN, "--track-test")
+    status, _, error = run(QUICK, "--track-test", data=data)
     assert status == 2 and "test.en.tsv, line 1" in error
-
-
-def test_leaving_out_the_word_pieces_without_a_gradient_changes_no_weight(
-    frozen_run, model_folder, data_folder, tmp_path, monkeypatch
-):
-    """Adam over the whole vocabulary against Adam over the rows that the data uses."""
-    keep_tokens = train.keep_tokens
-
-    def keep_all(encoder, ids, *others):
-        count = encoder.get_input_embeddings().num_embeddings
-        return keep_tokens(encoder, np.arange(count), *others)
-
-    monkeypatch.setattr(train, "keep_tokens", keep_all)
-    assert "158 of 158 word pieces" in fine_tune(tmp_path, model_folder, data_folder, FROZEN)
-    for epoch in kept(tmp_path):
-        some, whole = (weights(out / "epochs" / epoch) for out in (frozen_run.out, tmp_path))
-        for name in whole:
-            torch.testing.assert_close(some[name], whole[name], atol=1e-6, rtol=0)
+    assert run(QUICK, data=data, out=tmp_path / "unread")[0] == 0
 
 
 def test_word_pieces_that_are_not_trained_on_stay_as_they_are_under_weight_decay_too(
@@ -806,124 +689,88 @@ def test_word_pieces_that_are_not_trained_on_stay_as_they_are_under_weight_decay
     tokenizer, ids = AutoTokenizer.from_pretrained(model_folder), set()
     for text, _ in table(f"{data_folder}/train.en.tsv"):
         ids.update(tokenizer(text)["input_ids"])
-    folders = Path(model_folder), frozen_run.out / "epochs/3"
     start, end = (
         load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
-        for folder in folders
+        for folder in (Path(model_folder), frozen_run.out / "epochs/3")
     )
     assert set((start != end).any(1).nonzero().flatten().tolist()) == ids
 
 
-def test_max_rows(model_folder, data_folder, tmp_path):
-    fine_tune(tmp_path, model_folder, data_folder, QUICK.replace("13", "17 --keep-all"))
+def test_max_rows(tune, tmp_path):
+    tune(QUICK.replace("13", "17"))
     train_row, *others = metrics(tmp_path)
     assert train_row["step"] == 2 and len(others) == 3
     for row, count in [(train_row, 17), *((row, 3) for row in others)]:
         assert row["accuracy"] * count == pytest.approx(round(row["accuracy"] * count))
 
 
-def test_layers_from_a_search(model_folder, data_folder, tmp_path):
+def test_layers_from_a_search(tune, tmp_path):
     best = tmp_path / "best.json"
     best.write_text('{"layers": [2, 3], "pooling": "mean", "select": "joint"}')
-    flags = QUICK.replace("--layers 1", f"--layers-from {best}")
-    text = fine_tune(tmp_path / "run", model_folder, data_folder, flags)
-    assert "mean pooling of layers 2 3, the 2 above cut off" in text
+    tune(QUICK.replace("--layers 1", f"--layers-from {best}"), out=tmp_path / "run")
     saved = json.loads((tmp_path / "run/epochs/1/classifier.json").read_text())
     assert saved["layers"] == [2, 3] and saved["pooling"] == "mean"
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_a_head_without_a_pretrained_pooler_says_so(family, data_folder, tmp_path):
-    model, flags = make_model(tmp_path / "model", family), "--head pooler --epochs 1"
-    texts = [fine_tune(tmp_path / name, model, data_folder, flags) for name in "ab"]
-    at_random = "no pretrained pooler, it starts at random" in texts[0]
-    assert at_random == (family == "distilbert") and "cut off" not in texts[0]
-    assert_same_run(tmp_path / "a", tmp_path / "b")  # at random, but from the seed
+def test_a_head_without_a_pretrained_pooler_says_so(tune, tmp_path):
+    model, outs = make_model(tmp_path / "model", "distilbert"), (tmp_path / "a", tmp_path / "b")
+    texts = [tune("--head pooler --epochs 1", model=model, out=out) for out in outs]
+    assert "no pretrained pooler, it starts at random" in texts[0]
+    assert_same_run(*outs)  # at random, but from the seed
 
 
-def test_it_learns_the_toy_task(model_folder, tmp_path):
-    data = make_data(tmp_path / "data", train=400, dev=60)
-    fine_tune(tmp_path / "run", model_folder, data, "--layers 1 2 --epochs 4 --lr 4e-3")
-    last = [row for row in metrics(tmp_path / "run") if row["epoch"] == 4]
-    assert [row["accuracy"] > 0.8 for row in last if row["language"] == "en"] == [True]
-
-
-@pytest.mark.parametrize(
-    "flags", [FROZEN, "--head pooler --freeze-layers 0 --freeze-epoch 2 --precision bf16"]
-)
-def test_the_mean_is_that_of_the_weights_after_each_epoch(
-    flags, model_folder, data_folder, tmp_path
-):
-    fine_tune(tmp_path, model_folder, data_folder, flags, "--keep-all")
+def test_the_mean_is_that_of_the_weights_after_each_epoch(tune, tmp_path):
+    tune(FROZEN, "--keep-all")
     assert kept(tmp_path) == ["1", "2", "3", "mean"]
     *epochs, mean = (weights(tmp_path / "epochs" / name) for name in kept(tmp_path))
-    assert mean.keys() == epochs[0].keys()
     for name, tensor in mean.items():
         expected = torch.stack([epoch[name].double() for epoch in epochs]).mean(0)
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-7)
-    encoder = AutoModel.from_pretrained(tmp_path / "epochs/mean").state_dict()
-    for name in mean:
-        if name.startswith("encoder."):
-            assert torch.equal(encoder[name.removeprefix("encoder.")], mean[name])
+    assert mean.keys() == epochs[0].keys()
     assert any(not torch.equal(mean[name], epochs[2][name]) for name in mean)
 
 
-def test_the_weights_of_a_mix_are_trained_at_each_step(still_model, data_folder, tmp_path):
+def test_the_weights_of_a_mix_are_trained_at_each_step(tune, still_model, tmp_path):
     seen = [torch.zeros(3)]
-    flags = "--layers 0 2 3 --combine mix --pooling mean --epochs 1"
     with watching(lambda model, **_: seen.append(model.mix.detach().clone())):
-        text = fine_tune(tmp_path, still_model, data_folder, flags)
-    assert "mean pooling of layers 0 2 3 mixed, the 2 above cut off" in text
+        tune("--layers 0 2 3 --combine mix --epochs 1", model=still_model)
     assert all((before != now).all() for before, now in zip(seen, seen[1:])) and len(seen) == 6
-    saved = weights(tmp_path / "epochs/1")
-    assert torch.equal(saved["mix"], seen[-1]) and saved["classifier.1.weight"].shape == (4, 36)
+    assert torch.equal(weights(tmp_path / "epochs/1")["mix"], seen[-1])
 
 
-def test_encoder_dropout_reaches_every_dropout_of_the_encoder(model_folder, data_folder, tmp_path):
-    for i, (flag, expected) in enumerate((("--encoder-dropout 0", {0.0}), ("", {0.1}))):
-        seen = []
-        with watching(lambda model, **_: seen.append(model)):  # noqa: B023
-            fine_tune(tmp_path / str(i), model_folder, data_folder, QUICK, "--dropout 0.3", flag)
-        modules = list(seen[0].encoder.modules())
-        assert {m.p for m in modules if isinstance(m, torch.nn.Dropout)} == expected
-        assert seen[0].classifier[0].p == 0.3
+@pytest.mark.parametrize("flag, expected", [("--encoder-dropout 0", 0.0), ("", 0.1)])
+def test_encoder_dropout_reaches_every_dropout_of_the_encoder(flag, expected, tune):
+    seen = []
+    with watching(lambda model, **_: seen.append(model)):
+        tune(QUICK, "--dropout 0.3", flag)
+    modules = list(seen[0].encoder.modules())
+    assert {m.p for m in modules if isinstance(m, torch.nn.Dropout)} == {expected}
+    assert seen[0].classifier[0].p == 0.3
 
 
-def test_classifier_json_and_run_json_say_whether_texts_come_in_pairs(
-    model_folder, data_folder, pair_data, tmp_path
-):
-    for pairs, data in enumerate((data_folder, pair_data)):
-        fine_tune(tmp_path / str(pairs), model_folder, data, QUICK)
-        for name in ("epochs/1/classifier.json", "run.json"):
-            assert json.loads((tmp_path / str(pairs) / name).read_text())["pairs"] == bool(pairs)
+def test_classifier_json_and_run_json_say_whether_texts_come_in_pairs(tune, pair_data, tmp_path):
+    tune(QUICK, data=pair_data)
+    for name in ("epochs/1/classifier.json", "run.json"):
+        assert json.loads((tmp_path / name).read_text())["pairs"] is True
 
 
 # --- the source language --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def german_data(data_folder, tmp_path_factory):
-    """The toy data with a German train file in the place of the English one."""
-    folder = shutil.copytree(data_folder, tmp_path_factory.mktemp("german") / "toy")
-    (folder / "train.en.tsv").unlink()
-    rows = (folder / "dev.de.tsv").read_text().split("\n", 1)[1]
-    (folder / "train.de.tsv").write_text("text\tlabel\n" + rows * 3)
-    return folder
-
-
-@pytest.mark.parametrize("flags", ["", "--train-language de"])
-def test_the_others_are_all_but_the_source(flags, model_folder, german_data, tmp_path, monkeypatch):
-    """Trained on German, the only train file there is. Best by hand: de 3; joint, of en and zh, 2,
-    where zh and en alone are best at 1 and 2; --freeze-epoch auto sees the fall of that mean at 3
-    though German rises."""
-    scripted(monkeypatch, de=[0.5, 0.6, 0.7, 0.7], en=[0.1, 0.8, 0.2, 0.3], zh=[0.6, 0.5, 0.3, 0.3])
-    freezing = "--epochs 4 --freeze-layers 1 --freeze-epoch auto"
-    text = fine_tune(tmp_path, model_folder, german_data, QUICK, freezing, flags)
-    assert kept(tmp_path) == ["1", "2", "3", "4", "mean"]
+def test_the_others_are_all_but_the_source(tune, data_folder, tmp_path, monkeypatch):
+    """Trained on German. Best by hand: de 3; joint, of en and zh, 2, where zh and en alone are best
+    at 1 and 2; --freeze-epoch auto sees the fall of that mean at 3 though German rises."""
+    scripted(monkeypatch, de=[0.5, 0.6, 0.9, 0.9], en=[0.1, 0.8, 0.2, 0.3], zh=[0.6, 0.5, 0.3, 0.3])
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    shutil.copy(data / "dev.de.tsv", data / "train.de.tsv")
+    flags = "--epochs 4 --freeze-layers 1 --freeze-epoch auto --train-language de"
+    out = tmp_path / "run"
+    text = tune(QUICK, flags, data=data, out=out)
+    assert kept(out) == ["1", "2", "3", "4", "mean"]
     assert "best epoch 3 by dev de, 2 by the others' dev" in text
-    assert {row["epoch"] for row in metrics(tmp_path) if row["frozen_layers"]} == {4}
-    run = json.loads((tmp_path / "run.json").read_text())
+    assert {row["epoch"] for row in metrics(out) if row["frozen_layers"]} == {4}
+    run = json.loads((out / "run.json").read_text())
     assert run["arguments"]["train_language"] == "de" and "train.de.tsv" in run["data"]
 
 
@@ -932,31 +779,28 @@ def test_the_others_are_all_but_the_source(flags, model_folder, german_data, tmp
 
 @pytest.mark.parametrize("log_steps", [1, 99])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
-    log_steps, run, unstopped, model_folder, data_folder, tmp_path
+    log_steps, run, tmp_path, monkeypatch
 ):
     """NaN from step 8 on; the state is saved every third step."""
-    arguments, steps = (tmp_path, model_folder, data_folder, SETTINGS["epoch"]), iter(range(99))
+    steps = iter(range(99))
 
     def cross_entropy(logits, labels, **named):
         loss = F.cross_entropy(logits, labels, **named)
         spoilt = named.get("reduction") == "sum" and next(steps) >= 7
         return loss * torch.nan if spoilt else loss
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOG_STEPS", log_steps)
-        patch.setattr(train, "F", SimpleNamespace(cross_entropy=cross_entropy))
-        status, _, error = run(*arguments)
+    monkeypatch.setattr(train, "LOG_STEPS", log_steps)
+    monkeypatch.setattr(train, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    status, _, error = run(SETTINGS["epoch"])
     step = 8 if log_steps == 1 else 9
     assert status == 2 and error.splitlines()[-1].startswith(
         f"train.py: error: the loss is nan at step {step}: lower --lr (now 0.001)"
     )  # on a line of its own, below the progress bar
     assert events(tmp_path).Scalars("train/loss")[-1].step >= 5  # written, though it ended so
     assert saved_state(tmp_path)["step"] == 6 and kept(tmp_path) == ["1"]
-    assert run(*arguments)[0] == 0
-    assert_same_run(tmp_path, unstopped("epoch"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(run, model_folder, data_folder, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
     """A gradient of NaN in step 3 under a loss that is still finite."""
     steps = iter(range(99))
 
@@ -965,28 +809,24 @@ def test_weights_that_are_not_finite_are_not_saved(run, model_folder, data_folde
             model.classifier[1].bias.data[1] = torch.nan
 
     with watching(look):
-        status, _, error = run(tmp_path, model_folder, data_folder, "--layers 1 --save-steps 1")
+        status, _, error = run("--layers 1 --save-steps 1")
     assert status == 2 and "a weight is not finite at step 3: lower --lr" in error
     assert saved_state(tmp_path)["step"] == 2
-
-
-NEED = "--freeze-layers K ... and --freeze-epoch N|auto need each other"
-FREEZE = "--freeze-layers 1 --freeze-epoch"
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--freeze-layers 1 2", NEED),
-        (f"{FREEZE} 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs 5), or auto"),
+        ("--freeze-layers 1 2", "--freeze-layers K ... and --freeze-epoch N|auto need each other"),
+        (
+            "--freeze-layers 1 --freeze-epoch 5",
+            "--freeze-epoch 5: expected 0 to 4 (of --epochs 5), or auto",
+        ),
         ("--head pooler --layers 1", "--head pooler reads [CLS] of the last layer: leave out"),
-        ("--head pooler --combine mix", "--head pooler"),
+        ("--head pooler --combine mix", "--head pooler reads [CLS]"),
         ("--freeze-layer 1", "unrecognized arguments: --freeze-layer 1"),
-        ("--compile fast", "unrecognized arguments: fast"),
         ("--layers-from x --layers 1", "--layers-from gives the layers and the pooling: leave"),
-        ("--layers-from no/such.json", "no/such.json does not exist: it is made by grid_search.py"),
         ("--layers-from {old}", "old.json lacks 'pooling': not made by this version of grid_sea"),
-        ("--dropout 1", "--dropout: 1, expected 0 or more and less than 1"),
     ],
 )
 def test_bad_flags(flags, message, script, tmp_path):
@@ -994,14 +834,13 @@ def test_bad_flags(flags, message, script, tmp_path):
     flags = flags.format(old=tmp_path / "old.json").split()
     paths = "--model", "none", "--data", "none", "--out", tmp_path / "run"
     status, _, error = script("train", *paths, *flags)
-    assert status == 2 and message in re.sub(r"\s+", " ", error) and "Traceback" not in error
+    assert status == 2 and message in re.sub(r"\s+", " ", error)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--layers 1 6", "--layers 6: the model has layers 0 (embeddings) to 5"),
         ("", "--layers 6: the model has layers 0 (embeddings) to 5"),
         ("--layers 1 --freeze-layers 6 --freeze-epoch 1", "--freeze-layers 6: the model has"),
         ("--layers 1 --max-length 65", "--max-length 65: expected 3 to 64"),
@@ -1012,18 +851,16 @@ def test_bad_flags(flags, message, script, tmp_path):
         ),
     ],
 )
-def test_flags_that_do_not_fit_the_model(flags, message, run, model_folder, data_folder, tmp_path):
-    status, _, error = run(tmp_path / "run", model_folder, data_folder, flags)
+def test_flags_that_do_not_fit_the_model(flags, message, run, tmp_path):
+    status, _, error = run(flags, out=tmp_path / "run")
     assert status == 2 and message in error and not (tmp_path / "run").exists()
 
 
-def test_automatic_freezing_needs_another_language(run, model_folder, tmp_path):
+def test_automatic_freezing_needs_another_language(run, tmp_path):
     data = make_data(tmp_path / "data", languages=("en",))
-    arguments = tmp_path / "run", model_folder, data, QUICK
-    status, _, error = run(*arguments, "--freeze-layers 1 --freeze-epoch auto")
+    status, _, error = run(QUICK, "--freeze-layers 1 --freeze-epoch auto", data=data)
     words = "no dev file in another language than en, which --freeze-epoch auto needs"
     assert status == 2 and words in error
-    assert run(*arguments)[0] == 0  # without it, English alone will do
 
 
 # --- signals and threads --------------------------------------------------------------------------
@@ -1046,51 +883,42 @@ def signalled(patch, step, *numbers, wait=0.0):
 
 @pytest.mark.parametrize(
     "numbers, status",
-    [
-        ([signal.SIGTERM] * 3, 143),
-        ([signal.SIGINT] * 2, 130),
-        ([signal.SIGINT, signal.SIGTERM], 130),
-    ],
+    [([signal.SIGTERM] * 3, 143), ([signal.SIGINT, signal.SIGTERM], 130)],
 )
 def test_signals_save_once_and_stop_and_the_command_goes_on(
     numbers, status, run, unstopped, model_folder, data_folder, tmp_path
 ):
     """The command that is shown has no --overwrite: it would delete the run that it is about."""
-    arguments = tmp_path, model_folder, data_folder, SETTINGS["epoch"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_STEPS", 99)  # one process need not wait for the sum
         signalled(patch, 8, *numbers)
-        code, out, _ = run(*arguments, "--overwrite")
+        code, out, _ = run(SETTINGS["epoch"], "--overwrite")
     assert code == status and saved_state(tmp_path)["step"] == 8
+    words = command(tmp_path, model_folder, data_folder, SETTINGS["epoch"])
     assert out.endswith(
         f"stopped by {numbers[0].name} after step 8, the state is saved\n"
-        f"to go on:\npython train.py {' '.join(command(*arguments))}\n"
+        f"to go on:\npython train.py {' '.join(words)}\n"
     )
-    code, out, _ = run(*arguments)
+    code, out, _ = run(SETTINGS["epoch"])
     assert code == 0 and "going on after step 8\n" in out
     assert_same_run(tmp_path, unstopped("epoch"))
 
 
-def test_a_second_ctrl_c_a_second_later_stops_at_once(
-    run, model_folder, data_folder, tmp_path, monkeypatch
-):
+def test_a_second_ctrl_c_a_second_later_stops_at_once(run, tmp_path, monkeypatch):
     signalled(monkeypatch, 3, signal.SIGINT, signal.SIGINT, wait=1.05)
-    code, out, _ = run(tmp_path, model_folder, data_folder, "--layers 1")
+    code, out, _ = run("--layers 1")
     assert code == 130 and "saved" not in out and not (tmp_path / "resume").exists()
 
 
-def test_a_signal_during_the_last_step_ends_the_run_as_it_would_have(
-    run, model_folder, data_folder, tmp_path, monkeypatch
-):
+def test_a_signal_during_the_last_step_ends_the_run_as_it_would_have(run, tmp_path, monkeypatch):
     signalled(monkeypatch, STEPS, signal.SIGTERM)
-    code, out, _ = run(tmp_path, model_folder, data_folder, "--layers 1 --epochs 1")
+    code, out, _ = run("--layers 1 --epochs 1")
     assert code == 0 and ": done" in out and (tmp_path / "epochs/mean").exists()
 
 
-def test_main_runs_in_a_thread(unstopped, model_folder, data_folder, tmp_path):
+def test_main_runs_in_a_thread(tune, tmp_path):
     """As agents of sweeps call it; a signal's handler can be set in the main thread alone."""
-    arguments = tmp_path, model_folder, data_folder, SETTINGS["epoch"]
-    thread = threading.Thread(target=fine_tune, args=arguments)
+    thread = threading.Thread(target=tune, args=[QUICK])
     thread.start()
     thread.join()
-    assert_same_run(tmp_path, unstopped("epoch"))
+    assert kept(tmp_path) == ["1", "mean"]
