@@ -865,3 +865,18 @@ def test_real_xnli(convert):
             cells = [row["sentence1"], row["sentence2"], row["gold_label"]]
             expected.get(row["language"], []).append(cells)
     assert expected == {language: rows[f"dev.{language}.tsv"] for language in LANGUAGES}
+
+
+@needs_archives
+def test_real_massive(convert):
+    shared = ("--archives", SHARED)
+    every = convert("massive", f"--languages {' '.join(LANGUAGES)} --intents 0", shared, "all")
+    expected = {"train.en.tsv": 11_514}
+    for language in LANGUAGES:
+        expected |= {f"dev.{language}.tsv": 2_033, f"test.{language}.tsv": 2_974}
+    assert {path.name: len(read_plain(path)) - 1 for path in every.glob("*.tsv")} == expected
+    assert len((every / "labels.txt").read_text().split()) == 60
+    with tarfile.open(SHARED / "amazon-massive-dataset-1.0.tar.gz") as archive:
+        records = [json.loads(line) for line in archive.extractfile("1.0/data/ur-PK.jsonl")]
+    test = [[row["utt"], row["intent"]] for row in records if row["partition"] == "test"]
+    assert read_plain(every / "test.ur.tsv")[1:] == test
