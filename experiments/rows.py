@@ -36,11 +36,13 @@ from lib.significance import intervals
 from lib.tables import markdown_table
 
 CS = [10.0**power for power in range(-1, 5)]
+EPOCHS = 5  # of fine-tuning
 SYSTEMS = ("search", "logistic", "fine-tuned")
 
 
-def write_subset(source, out, rows, language, test_rows):
-    """A data set folder with `rows` of the train rows, and dev and test of all languages."""
+def write_subset(source, out, rows, language, test_rows, copies=1):
+    """A data set folder with `rows` of the train rows, each so many times, and dev and test of all
+    languages."""
     labels = read_labels(source)
     with write_atomic(out / "labels.txt") as file:
         file.writelines(f"{label}\n" for label in labels)
@@ -49,6 +51,8 @@ def write_subset(source, out, rows, language, test_rows):
         for code in [language] if split == "train" else split_languages(source, split):
             part = take(read_split(source, split, code, labels), limit)
             columns = {"text": part.text_a, "label": [labels[i] for i in part.labels]}
+            if split == "train":
+                columns = {name: cells * copies for name, cells in columns.items()}
             write_columns(out / f"{split}.{code}.tsv", columns)
     return labels
 
@@ -122,24 +126,28 @@ def run_rows(args, rows, language, languages):
         lambda code: model.predict(sentence_vectors(features, f"test.{code}")[0])
     )[None]
 
-    # fine-tuning
+    # fine-tuning: few rows stand several times in an epoch, or each would save a model
     batch = min(32, max(8, rows // 10))
-    epochs = max(5, math.ceil(args.steps / math.ceil(rows / batch)))
+    copies = max(1, math.ceil(args.steps * batch / (EPOCHS * rows)))
+    repeated = folder / "repeated"
+    if args.seeds:
+        write_subset(args.data, repeated, rows, language, 1, copies)
     runs = []
     for seed in range(args.seeds):
         run, kept = folder / "runs" / f"mc-bert-seed{seed}", folder / f"run{seed}.npy"
-        flags = ["--model", args.model, "--data", data, "--out", run, "--lr", args.lr]
-        flags += ["--batch-size", batch, "--epochs", epochs, "--seed", seed]
+        flags = ["--model", args.model, "--data", repeated, "--out", run, "--lr", args.lr]
+        flags += ["--batch-size", batch, "--epochs", EPOCHS, "--seed", seed]
         flags += ["--max-eval-rows", 20, "--save-steps", 0]
         words = [str(flag) for flag in flags]
         seconds["fine-tuned"] = seconds_of(
             folder / f"run{seed}.json", lambda words=words: train.main(words)
         )
         if not kept.exists():
-            answers = correctness(label_with(run / "epochs" / str(epochs)))
+            answers = correctness(label_with(run / "epochs" / str(EPOCHS)))
             with write_atomic(kept, "wb") as file:
                 np.save(file, answers)
-            shutil.rmtree(run / "epochs")  # a model an epoch, and the epochs are many
+            shutil.rmtree(run / "epochs")  # several times the encoder's size
+            shutil.rmtree(run / "resume")
         runs.append(np.load(kept))
     if runs:
         right["fine-tuned"] = np.stack(runs)
