@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import extract
 import grid_search
-from grid_search import Recipe, f1_scores, one_model, train_models
+from grid_search import Recipe, f1_scores, one_model, scaled, scaling, train_models
 from lib.messages import UserError
 from model import POOLINGS, load_model
 
@@ -595,6 +595,11 @@ def test_the_saved_model_labels_texts_as_the_mean_of_classifiers_trained_alone(
     saved = json.loads((out / "model/classifier.json").read_text())
     assert blocks == max(best["layers"]) and saved["layers"] == best["layers"]
     assert (saved["labels"], saved["pairs"], saved["hidden"]) == (TOY_LABELS, False, hidden)
+
+
+def test_a_layer_that_is_the_same_in_every_row_is_zeros():
+    features = torch.full((1, 7, 5), 0.37)
+    assert not scaled(features, scaling(features), torch.float32).any()
 
 
 def test_rows_that_the_saved_model_labels_otherwise_are_counted(
