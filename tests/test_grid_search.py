@@ -131,31 +131,6 @@ def test_weights_that_are_not_finite_are_an_error(epochs, loss):
         train_models(features.float(), labels, CLASSES, [0], 1e39, Recipe(epochs=epochs))
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.9])
-def test_dropout_keeps_its_share_of_the_values_everywhere(monkeypatch, dropout):
-    """Features of ones: what the forward pass is given are the masks."""
-    given, plain = [], grid_search.forward
-
-    def watched(weights, x, *more):
-        given.append(x.clone())
-        return plain(weights, x, *more)
-
-    monkeypatch.setattr(grid_search, "POOL", 1 << 20)
-    monkeypatch.setattr(grid_search, "forward", watched)
-    recipe = Recipe(epochs=20, batch_size=31, dropout=dropout)
-    labels = torch.zeros(31, dtype=torch.long)
-    train_models(torch.ones(3, 31, 53), labels, 2, [0, 1], 1e-3, recipe)
-    masks = torch.stack(given)  # (20 steps, L, S, B, D)
-    assert masks.shape == (20, 3, 2, 31, 53) and masks.unique().tolist() == [0, 1]
-    for axis in range(5):  # no step, layer, seed, row or value is favoured
-        share = masks.double().mean([other for other in range(5) if other != axis])
-        count = masks.numel() / share.numel()
-        assert ((share - (1 - dropout)).abs() < 6 * (dropout * (1 - dropout) / count) ** 0.5).all()
-    for ours, other in ((masks[:, :, 0], masks[:, :, 1]), (masks[1:], masks[:-1])):
-        # seeds and steps are independent
-        assert abs((ours == other).double().mean() - (dropout**2 + (1 - dropout) ** 2)) < 0.02
-
-
 # --- the script -----------------------------------------------------------------------------------
 
 LABELS = ["refund", 'an "agent"', "late, lost", "cancel"]
