@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, toy_rows
+from conftest import LABELS, make_data, table, toy_rows
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModel, AutoTokenizer
@@ -22,7 +22,6 @@ from lib.messages import UserError
 from lib.significance import Interval, intervals
 from lib.tables import difference_table
 
-LABELS = ["refund", "agent", "delivery", "cancel"]
 LANGUAGES = ["en", "zh", "de"]  # the paper's order
 ROWS = 17
 
@@ -73,8 +72,7 @@ def fine_tune(model, data, out, *flags):
 @pytest.fixture
 def run(runs, tmp_path):
     """A run of one's own, that nobody evaluated yet."""
-    ignore = shutil.ignore_patterns("predictions")
-    return shutil.copytree(runs / "wf-seed0", tmp_path / "run", ignore=ignore)
+    return copied(runs / "wf-seed0", tmp_path / "run")
 
 
 @pytest.fixture
@@ -101,19 +99,6 @@ def tabulate(out, data, *arguments):
     return json.loads((Path(out) / "results.json").read_text()), written
 
 
-def read_rows(path):
-    """(texts, class) of each row of a data set file."""
-    rows = []
-    for line in Path(path).read_text().splitlines()[1:]:
-        *texts, label = line.split("\t")
-        rows.append((texts, LABELS.index(label)))
-    return rows
-
-
-def classes(data, language):
-    return np.array([label for _, label in read_rows(Path(data) / f"test.{language}.tsv")])
-
-
 def kept(run, language, epoch=3):
     return run / "predictions" / str(epoch) / f"test.{language}.npz"
 
@@ -123,6 +108,11 @@ def keep(path, logits):
     with np.load(path) as file:
         arrays = dict(file)
     np.savez(path, **{**arrays, "logits": logits.astype(np.float32)})
+
+
+def classes(data, language="de"):
+    rows = table(Path(data) / f"test.{language}.tsv")
+    return np.array([LABELS.index(row[-1]) for row in rows])
 
 
 def right(run, data, language, epoch=3):
@@ -148,6 +138,16 @@ def logits_by_hand(folder, texts):
     return np.array(logits)
 
 
+def logits_of_file(run, data, language="de"):
+    texts = [row[:-1] for row in table(Path(data) / f"test.{language}.tsv")]
+    return logits_by_hand(run / "epochs/3", texts)
+
+
+def copied(run, out):
+    """A run without what evaluate.py has kept in it."""
+    return shutil.copytree(run, out, ignore=shutil.ignore_patterns("predictions"))
+
+
 def columns(markdown):
     """The first table of results.md: {first cell: the other cells}; its lines are aligned."""
     lines = markdown[markdown.index("|") :].split("\n\n")[0].splitlines()
@@ -165,6 +165,19 @@ def no_models(monkeypatch):
     return lambda: monkeypatch.setattr(evaluate, "load_model", None)
 
 
+@pytest.fixture
+def refused(script, tmp_path):
+    """refused(message, flags...): evaluate.py says that, and writes nothing."""
+
+    def call(message, *arguments):
+        before = sorted(tmp_path.rglob("*"))
+        status, _, error = script("evaluate", *arguments)
+        assert status == 2 and message in error, error
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return call
+
+
 # --- logits and accuracies ------------------------------------------------------------------------
 
 
@@ -172,12 +185,11 @@ def no_models(monkeypatch):
 def test_kept_logits_are_those_of_plain_transformers(name, runs, data_folder, tmp_path):
     results, _ = tabulate(tmp_path / "out", data_folder, runs / name)
     for language in LANGUAGES:
-        rows = read_rows(Path(data_folder) / f"test.{language}.tsv")
         logits = np.load(kept(runs / name, language))["logits"]
-        expected = logits_by_hand(runs / name / "epochs" / "3", [texts for texts, _ in rows])
+        expected = logits_of_file(runs / name, data_folder, language)
         assert logits.dtype == np.float32 and logits.shape == (ROWS, 4)
         assert np.abs(logits - expected).max() < 1e-5
-        accuracy = accuracy_score([y for _, y in rows], logits.argmax(1))
+        accuracy = accuracy_score(classes(data_folder, language), logits.argmax(1))
         assert results["systems"][0]["runs"][0]["accuracy"][language] == accuracy
 
 
@@ -195,11 +207,9 @@ def test_dev_accuracies_are_those_of_the_metrics(runs, data_folder, tmp_path):
 def test_a_second_call_reads_the_logits_and_no_model(run, data, tmp_path, no_models):
     """Also where the weights were deleted since."""
     first, _ = tabulate(tmp_path / "one", data, run)
-    files = {path.name for path in (tmp_path / "one").iterdir()}
-    assert files == {"results.json", "results.md"}
-    assert {p.name for p in kept(run, "de").parent.iterdir()} == {
-        f"test.{l}.npz" for l in LANGUAGES
-    }
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"results.json", "results.md"}
+    names = {path.name for path in (run / "predictions/3").iterdir()}
+    assert names == {f"test.{language}.npz" for language in LANGUAGES}
     no_models()
     assert tabulate(tmp_path / "two", data, run)[0] == first
     shutil.rmtree(run / "epochs")
@@ -208,12 +218,10 @@ def test_a_second_call_reads_the_logits_and_no_model(run, data, tmp_path, no_mod
 
 def test_changed_data_is_computed_again(run, data, tmp_path, no_models):
     tabulate(tmp_path / "one", data, run)
-    rows = toy_rows("de", ROWS, 5)
-    write_test(data, "de", rows)
+    write_test(data, "de", toy_rows("de", ROWS, 5))
     results, _ = tabulate(tmp_path / "two", data, run)
-    expected = logits_by_hand(run / "epochs" / "3", [[text] for text, _ in rows]).argmax(1)
-    accuracy = accuracy_score([label for _, label in rows], expected)
-    assert results["systems"][0]["mean"]["de"] == accuracy
+    expected = accuracy_score(classes(data), logits_of_file(run, data).argmax(1))
+    assert results["systems"][0]["mean"]["de"] == expected
     no_models()
     tabulate(tmp_path / "three", data, run)
 
@@ -223,14 +231,13 @@ def test_logits_of_other_weights_are_computed_again(name, run, runs, data, tmp_p
     """A run that was made anew is copied over an old one, whose logits are still there."""
     tabulate(tmp_path / "one", data, run)
     keep(kept(run, "de"), np.zeros((ROWS, 4)))  # which nothing else would find out
-    shutil.copy(runs / "wf-seed1" / "epochs" / "3" / name, run / "epochs" / "3" / name)
+    shutil.copy(runs / "wf-seed1/epochs/3" / name, run / "epochs/3" / name)
     results, _ = tabulate(tmp_path / "two", data, run)
-    texts = [texts for texts, _ in read_rows(data / "test.de.tsv")]
-    expected = logits_by_hand(run / "epochs" / "3", texts).argmax(1)
-    assert results["systems"][0]["mean"]["de"] == accuracy_score(classes(data, "de"), expected)
+    expected = accuracy_score(classes(data), logits_of_file(run, data).argmax(1))
+    assert results["systems"][0]["mean"]["de"] == expected
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut short", None])
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
 def test_damaged_logits_are_computed_again(content, run, data, tmp_path):
     first, _ = tabulate(tmp_path / "one", data, run)
     path = kept(run, "zh")
@@ -250,14 +257,10 @@ def test_a_run_that_cannot_be_written_is_evaluated(run, data, tmp_path, script):
 
 def test_max_rows_are_spread_evenly(run, data, tmp_path):
     tabulate(tmp_path / "all", data, run)
-    logits = {language: np.load(kept(run, language))["logits"] for language in LANGUAGES}
-    results, _ = tabulate(tmp_path / "some", data, run, "--max-rows", 5)
     chosen = [0, 3, 6, 10, 13]  # of 17
-    for language in LANGUAGES:
-        expected = accuracy_score(
-            classes(data, language)[chosen], logits[language][chosen].argmax(1)
-        )
-        assert results["systems"][0]["mean"][language] == expected
+    expected = {language: right(run, data, language)[chosen].mean() for language in LANGUAGES}
+    results, _ = tabulate(tmp_path / "some", data, run, "--max-rows", 5)
+    assert results["systems"][0]["mean"] == expected
     assert results["rows"] == dict.fromkeys(LANGUAGES, 5)
     assert tabulate(tmp_path / "again", data, run)[0]["rows"] == dict.fromkeys(LANGUAGES, ROWS)
 
@@ -265,90 +268,57 @@ def test_max_rows_are_spread_evenly(run, data, tmp_path):
 # --- the epoch to report --------------------------------------------------------------------------
 
 
-def metric(epoch, split, language, accuracy):
-    return {"epoch": epoch, "split": split, "language": language, "accuracy": accuracy}
-
-
-def write_metrics(run, rows):
-    write_lines(run / "metrics.jsonl", [json.dumps({**row, "frozen_layers": []}) for row in rows])
-
-
 @pytest.fixture
 def four_epochs(run):
     """A run that kept four epochs, whose best are by hand: en 2 (tied with 3), de 4, zh 1, their
     mean 1."""
     by_hand = {"en": [0.5, 0.7, 0.7, 0.6], "de": [0.3, 0.3, 0.2, 0.5], "zh": [0.6, 0.2, 0.4, 0.3]}
-    rows = []
+    lines = []
     for language, values in by_hand.items():
-        rows += [metric(i, "dev", language, value) for i, value in enumerate(values, 1)]
-    rows.append(metric(2.5, "dev", "en", 0.99))  # in the midst of an epoch: not kept
-    rows.append(metric(3, "train", "", 0.99))
-    rows += [metric(3, "test", language, 0.99) for language in LANGUAGES]
-    write_metrics(run, rows)
+        for epoch, accuracy in enumerate(values, 1):
+            row = {"epoch": epoch, "split": "dev", "language": language, "accuracy": accuracy}
+            lines.append(json.dumps(row | {"frozen_layers": []}))
+    write_lines(run / "metrics.jsonl", lines)
     for epoch in "124":
-        shutil.copytree(run / "epochs" / "3", run / "epochs" / epoch, dirs_exist_ok=True)
+        shutil.copytree(run / "epochs/3", run / "epochs" / epoch, dirs_exist_ok=True)
     return run
-
-
-@pytest.mark.parametrize(
-    "protocol, expected",
-    [
-        ("last", [4, 4, 4]),
-        ("mean", ["mean"] * 3),
-        ("en", [2, 2, 2]),
-        ("joint", [1, 1, 1]),
-        ("oracle", [2, 1, 4]),
-        ("3", [3, 3, 3]),
-    ],
-)
-def test_epoch_of_each_protocol(protocol, expected, four_epochs, data, tmp_path):
-    results, text = tabulate(tmp_path / "out", data, four_epochs, "--epoch", protocol)
-    assert results["systems"][0]["runs"][0]["epochs"] == dict(zip(LANGUAGES, expected))
-    assert results["epoch"] == protocol and f"epoch: {protocol}" in text
-    for language, epoch in zip(LANGUAGES, expected):
-        assert kept(four_epochs, language, epoch).is_file()
 
 
 def test_only_what_is_asked_for_is_computed(four_epochs, data, tmp_path, monkeypatch):
     """Each file is predicted once by each epoch that a protocol names, and no other."""
-    predicted, loaded, predict, load = [], [], evaluate.predict, evaluate.load_model
-    monkeypatch.setattr(
-        evaluate, "predict", lambda *args: predicted.append(args[-1]) or predict(*args)
-    )
+    loaded, load = [], evaluate.load_model
     monkeypatch.setattr(evaluate, "load_model", lambda path: loaded.append(path.name) or load(path))
-
-    def names(*pairs):
-        return [f"run epoch {epoch} test {language}" for language, epoch in pairs]
-
     results, text = tabulate(tmp_path / "one", data, four_epochs)
-    assert predicted == names(("en", 4), ("zh", 4), ("de", 4)) and loaded == ["4"]
-    assert list(results["systems"][0]["protocols"]) == ["last"] and "each protocol" not in text
-    tabulate(tmp_path / "two", data, four_epochs, "--epoch", "oracle", "joint", "last")
-    assert predicted[3:] == names(("en", 2), ("zh", 1), ("en", 1), ("de", 1))
-    assert loaded[1:] == ["2", "1", "1"]  # once for each protocol at most
+    assert loaded == ["4"] and "each protocol" not in text
+    assert list(results["systems"][0]["protocols"]) == ["last"]
+    names = ["oracle", "joint", "last", "mean"]
+    results, text = tabulate(tmp_path / "two", data, four_epochs, "--epoch", *names)
+    (run,) = results["systems"][0]["runs"]
+    for name, epochs in zip(names, ([2, 1, 4], [1] * 3, [4] * 3, ["mean"] * 3)):
+        assert run["protocols"][name]["epochs"] == dict(zip(LANGUAGES, epochs))
+    assert run["epochs"] == run["protocols"]["oracle"]["epochs"]
+    assert results["epoch"] == "oracle" and "epoch: oracle" in text
+    assert loaded[1:] == ["2", "1", "1", "mean"]  # once for each protocol at most
+    files = [str(path.relative_to(four_epochs)) for path in four_epochs.rglob("*.npz")]
+    expected = [(1, "zh"), (1, "en"), (1, "de"), (2, "en")]
+    expected += [(epoch, language) for epoch in (4, "mean") for language in LANGUAGES]
+    names = [f"predictions/{epoch}/test.{language}.npz" for epoch, language in expected]
+    assert sorted(files) == sorted(names)
 
 
-def test_an_epoch_that_was_not_kept(four_epochs, data, script, tmp_path):
-    shutil.rmtree(four_epochs / "epochs" / "3")
-    arguments = "--data", data, "--out", tmp_path / "out", "--epoch", 3
-    status, _, error = script("evaluate", four_epochs, *arguments)
-    assert status == 2 and f"{four_epochs} did not keep epoch 3, but 1 2 4" in error
-    assert not (tmp_path / "out").exists()
+def test_an_epoch_that_was_not_kept(four_epochs, data, refused, tmp_path):
+    shutil.rmtree(four_epochs / "epochs/3")
+    message = f"{four_epochs} did not keep epoch 3, but 1 2 4"
+    refused(message, four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch", 3)
 
 
-@pytest.mark.parametrize(
-    "protocol, split, there",
-    [("oracle", "dev", "en de"), ("joint", "dev", "en"), ("en", "dev", "zh"), ("test", "test", "")],
-)
-def test_a_protocol_without_its_sets(protocol, split, there, four_epochs, data, script, tmp_path):
-    rows = [json.loads(line) for line in (four_epochs / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["split"] != split or row["language"] in there.split()]
-    write_metrics(four_epochs, rows)
-    arguments = "--data", data, "--out", tmp_path / "out", "--epoch", protocol
-    status, _, error = script("evaluate", four_epochs, *arguments)
-    there = there or "no language"
-    message = f"--epoch {protocol}: {four_epochs} was evaluated on {split} in {there} alone"
-    assert status == 2 and message in error
+def test_a_protocol_without_its_sets(four_epochs, data, refused, tmp_path):
+    metrics = four_epochs / "metrics.jsonl"
+    write_lines(metrics, [l for l in metrics.read_text().splitlines() if '"zh"' not in l])
+    arguments = four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch"
+    for protocol, there in (("oracle", "dev in en de"), ("test", "test in no language")):
+        message = f"--epoch {protocol}: {four_epochs} was evaluated on {there} alone"
+        refused(message, *arguments, protocol)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -358,18 +328,18 @@ def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder,
     names = ["wf-seed0", "baseline", "wf-seed1"]
     results, text = tabulate(tmp_path / "out", data_folder, *(runs / name for name in names))
     seeds, baseline = results["systems"]
-    assert [system["name"] for system in results["systems"]] == ["wf", "baseline"]
-    table = columns(text)
-    assert list(table) == ["system", "wf (2 seeds)", "baseline"]
-    assert table["system"] == [*LANGUAGES, "mean"]
+    assert (seeds["name"], baseline["name"]) == ("wf", "baseline")
+    rows = columns(text)
+    assert list(rows) == ["system", "wf (2 seeds)", "baseline"]
+    assert rows["system"] == [*LANGUAGES, "mean"]
     for i, language in enumerate(LANGUAGES):
         values = [entry["accuracy"][language] for entry in seeds["runs"]]
         mean, deviation = statistics.mean(values), statistics.stdev(values)
-        assert seeds["mean"][language] == pytest.approx(mean, abs=1e-15)
-        assert seeds["std"][language] == pytest.approx(deviation, abs=1e-15)
-        assert table["wf (2 seeds)"][i] == f"{100 * mean:.1f} ±{100 * deviation:.1f}"
-        assert table["baseline"][i] == f"{100 * baseline['mean'][language]:.1f}"
-    assert table["baseline"][3] == f"{100 * statistics.mean(baseline['mean'].values()):.1f}"
+        assert seeds["mean"][language] == pytest.approx(mean)
+        assert seeds["std"][language] == pytest.approx(deviation)
+        assert rows["wf (2 seeds)"][i] == f"{100 * mean:.1f} ±{100 * deviation:.1f}"
+        assert rows["baseline"][i] == f"{100 * baseline['mean'][language]:.1f}"
+    assert rows["baseline"][3] == f"{100 * statistics.mean(baseline['mean'].values()):.1f}"
     assert "standard deviation over seeds" in text and "17 rows a language" in text
 
 
@@ -387,13 +357,15 @@ def some_run(seed, lr=1e-3, data="aa", path="data"):
 @pytest.mark.parametrize(
     "folders, settings, expected",
     [
-        ("a/wf-seed0 a/wf-seed1 a/wf-seed10", [(0,), (1,), (10,)], {"wf": [0, 1, 2]}),
-        ("a/wf_s3 b/wf", [(3,), (4,)], {"wf": [0, 1]}),
+        ("a/wf-seed0 a/wf_s1 a/wf-seed10", [(0,), (1,), (10,)], {"wf": [0, 1, 2]}),
         ("w-6-8 w-6-11", [(0, 1e-3), (0, 2e-3)], {"w-6-8": [0], "w-6-11": [1]}),
         ("a/wf b/wf", [(0, 1e-3), (0, 2e-3)], {"wf": [0], "wf'": [1]}),
-        ("wf-0 base wf-1", [(0,), (0, 1.0), (1,)], {"wf": [0, 2], "base": [1]}),
         # the data, not its path
-        ("wf-0 wf-1", [(0, 1.0, "aa", "data"), (1, 1.0, "aa", "../data/")], {"wf": [0, 1]}),
+        (
+            "wf-0 base wf-1",
+            [(0,), (0, 1.0), (1, 1e-3, "aa", "../data/")],
+            {"wf": [0, 2], "base": [1]},
+        ),
         ("wf-0 wf-1", [(0, 1.0, "aa"), (1, 1.0, "bb")], {"wf-0": [0], "wf-1": [1]}),
     ],
 )
@@ -412,67 +384,58 @@ def test_the_paper_stands_beside_xnli(run, data, tmp_path):
     source = {"archive": "XNLI-1.0.zip", "member": "XNLI-1.0/xnli.test.tsv"}
     (data / "sources.json").write_text(json.dumps({"test.en.tsv": source}))
     results, text = tabulate(tmp_path / "out", data, run)
-    table = columns(text)
+    rows = columns(text)
     assert len(results["paper"]) == 4
     for line in PAPER.splitlines():
-        *name, en, zh, es, de, ar, ur = line.split()
-        name = " ".join(name)
-        values = dict(zip("en zh es de ar ur".split(), map(float, (en, zh, es, de, ar, ur))))
+        name, numbers = line[:-29].strip(), line[-29:]
+        en, zh, _, de, _, ur = numbers.split()
         mean = (float(en) + float(zh) + float(de)) / 3  # of the languages there are
-        assert table[f"paper: {name}"] == [en, zh, de, f"{mean:.1f}"]
-        assert results["paper"][name] == pytest.approx({l: v / 100 for l, v in values.items()})
-    published = table["published: XLM-R base (He et al. 2021)"]
-    assert list(table)[-1] == "run" and published == ["85.8", "76.7", "78.7", "80.4"]
+        assert rows[f"paper: {name}"] == [en, zh, de, f"{mean:.1f}"]
+        assert results["paper"][name]["ur"] == pytest.approx(float(ur) / 100)
+    published = rows["published: XLM-R base (He et al. 2021)"]
+    assert list(rows)[-1] == "run" and published == ["85.8", "76.7", "78.7", "80.4"]
 
 
-MASSIVE = {"archive": "amazon-massive-dataset-1.0.tar.gz"}
-
-
-@pytest.mark.parametrize("source", [None, {"source": "sample/make_data.py"}, MASSIVE])
+@pytest.mark.parametrize("source", [None, {"archive": "amazon-massive-dataset-1.0.tar.gz"}])
 def test_the_paper_does_not_stand_beside_other_data(source, run, data, tmp_path):
     if source:
         (data / "sources.json").write_text(json.dumps({"test.en.tsv": source}))
     results, text = tabulate(tmp_path / "out", data, run)
-    assert "paper" not in results and "paper:" not in text
-    assert list(columns(text)) == ["system", "run"]
+    assert "paper" not in results and list(columns(text)) == ["system", "run"]
 
 
-@pytest.mark.parametrize("hits, warned", [(20, True), (51, True), (52, False), (80, False)])
+@pytest.mark.parametrize("hits, warned", [(51, True), (52, False)])
 def test_a_run_near_chance_is_called_out(hits, warned, run, data, tmp_path):
     """100 rows, the largest class has 50; `hits` are right in German, all are in the others."""
     truth = np.repeat([0, 1, 3], [50, 30, 20])
     for language in LANGUAGES:
         write_test(data, language, [("my", label) for label in truth])
     tabulate(tmp_path / "one", data, run)
-    for language in LANGUAGES:
-        predicted = truth.copy()
-        if language == "de":
-            predicted[hits:] = (truth[hits:] + 1) % 4
-        keep(kept(run, language), np.eye(4)[predicted])
+    for language, count in (("en", 100), ("zh", 100), ("de", hits)):
+        wrong = np.arange(100) >= count
+        keep(kept(run, language), np.eye(4)[(truth + wrong) % 4])
     results, text = tabulate(tmp_path / "two", data, run)
     assert results["systems"][0]["mean"] == {"en": 1.0, "zh": 1.0, "de": hits / 100}
-    assert ("within 2 points of chance" in text) == warned
-    assert len(results["warnings"]) == warned
-    assert not warned or f"below in de {hits}.0 (50.0)" in text
+    assert ("within 2 points of chance" in text) == warned == len(results["warnings"])
+    assert ("below in de 51.0 (50.0)" in text) == warned
 
 
 def test_a_run_that_is_not_finished_is_called_out(run, data, tmp_path):
     description = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**description, "complete": False}))
     results, text = tabulate(tmp_path / "out", data, run)
-    assert f"warning: {run} is not finished: its last epoch so far is 3" in text
-    assert any("not finished" in warning for warning in results["warnings"])
+    sentence = f"{run} is not finished: its last epoch so far is 3"
+    assert f"warning: {sentence}" in text and sentence in results["warnings"]
 
 
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def test_labels_that_disagree(run, data, script, tmp_path):
+def test_labels_that_disagree(run, data, refused, tmp_path):
     write_lines(data / "labels.txt", reversed(LABELS))
-    status, _, error = script("evaluate", run, "--data", data, "--out", tmp_path / "out")
-    assert status == 2 and "trained for the labels refund agent delivery cancel" in error
-    assert "labels.txt says cancel delivery agent refund" in error
-    assert not (tmp_path / "out").exists()
+    message = f"{run} was trained for the labels refund agent delivery cancel, {data}/labels.txt "
+    message += "says cancel delivery agent refund"
+    refused(message, run, "--data", data, "--out", tmp_path / "out")
 
 
 EARLY = b'{"split": "dev", "epoch": 0.5, "language": "en", "accuracy": 1, "frozen_layers": []}\n'
@@ -481,27 +444,19 @@ EARLY = b'{"split": "dev", "epoch": 0.5, "language": "en", "accuracy": 1, "froze
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("run.json", None, "run.json does not exist"),
         ("run.json", b"{}", "run.json lacks 'arguments': not made by this version of train.py?"),
-        ("metrics.jsonl", None, "has the run finished an epoch?"),
-        ("metrics.jsonl", EARLY, "has the run finished an epoch?"),
-        ("epochs/3/classifier.json", b"{}", "classifier.json lacks 'labels'"),
+        ("metrics.jsonl", EARLY, "metrics.jsonl holds no evaluation: has the run finished an ep"),
     ],
 )
-def test_a_run_that_lacks_something(name, content, message, run, data, script, tmp_path):
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
-    status, _, error = script("evaluate", run, "--data", data, "--out", tmp_path / "out")
-    assert status == 2 and message in error and str(run) in error
-    assert not (tmp_path / "out").exists() and not (run / "predictions").exists()
+def test_a_run_that_lacks_something(name, content, message, run, data, refused, tmp_path):
+    (run / name).write_bytes(content)
+    refused(f"{run}/{message}", run, "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_data_set_without_the_split(run, data, script, tmp_path):
+def test_a_data_set_without_the_split(run, data, refused, tmp_path):
     for path in data.glob("test.*"):
         path.unlink()
-    status, _, error = script("evaluate", run, "--data", data, "--out", tmp_path / "out")
-    assert status == 2 and f"{data} has no test file" in error
+    refused(f"{data} has no test file", run, "--data", data, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -510,20 +465,17 @@ def test_a_data_set_without_the_split(run, data, script, tmp_path):
         ("run --input x --predictions y --data d", "labels your own text: leave out --data"),
         ("run --input i --predictions p --translate-train r", "leave out --data"),
         ("run", "give --data and --out for a table"),
-        ("run --data d", "give --data and --out"),
         ("run --data d --out o --text body", "or --input and --predictions"),
         ("--data d --out o", "name a run folder"),
         ("run --data d --out o --epoch last best", "--epoch best: expected last, mean, en, joint,"),
-        ("run --data d --out o --max-rows 0", "--max-rows: 0, expected 1 or more"),
         ("run --input i", "--input needs --predictions"),
         ("a b --input i --predictions p", "exactly one run"),
         ("run --input i --predictions p --epoch oracle", "one --epoch, not oracle"),
         ("run --input i --predictions p --epoch last en", "one --epoch, not oracle"),
     ],
 )
-def test_bad_flags(flags, message, script):
-    status, _, error = script("evaluate", *flags.split())
-    assert status == 2 and message in error
+def test_bad_flags(flags, message, refused):
+    refused(message, *flags.split())
 
 
 # --- a user's own text ----------------------------------------------------------------------------
@@ -540,12 +492,12 @@ def label(script, run, source, target, *flags):
 @pytest.mark.parametrize("pairs", [False, True])
 def test_predictions_for_ones_own_text(pairs, runs, pair_run, script, tmp_path):
     """Columns and rows stay as they are; the answers are those of plain transformers."""
-    rows, run, epoch = toy_rows("en", 11, 9), runs / "wf-seed0", "3"
-    texts, header = [[text] for text, _ in rows], "text\tlabel"
+    run, epoch, header, second = runs / "wf-seed0", "3", "text\tlabel", []
     if pairs:
-        run, epoch, header = pair_run, "1", "text_a\ttext_b\tlabel"
-        texts = [[text, 'the "parcel'] for text, _ in rows]
-    lines = ["\t".join([*cells, LABELS[y]]) for cells, (_, y) in zip(texts, rows)]
+        run, epoch, header, second = pair_run, "1", "text_a\ttext_b\tlabel", ['the "parcel']
+    rows = toy_rows("en", 11, 9)
+    texts, truth = [[text, *second] for text, _ in rows], [label for _, label in rows]
+    lines = ["\t".join([*cells, LABELS[label]]) for cells, label in zip(texts, truth)]
     write_lines(tmp_path / "my.tsv", [header, *lines])
     target = tmp_path / "new" / "out.tsv"
     status, text, _ = label(script, run, tmp_path / "my.tsv", target, "--batch-size", 3)
@@ -553,10 +505,10 @@ def test_predictions_for_ones_own_text(pairs, runs, pair_run, script, tmp_path):
     assert first == [header, "prediction", *(f"p_{name}" for name in LABELS)]
     assert [cells[0] for cells in answers] == lines
     expected = softmax(logits_by_hand(run / "epochs" / epoch, texts))
-    probabilities = np.array([[float(cell) for cell in cells[2:]] for cells in answers])
-    assert np.abs(probabilities - expected).max() < 1e-5
+    probabilities = np.array([cells[2:] for cells in answers], float)
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5)
     assert [cells[1] for cells in answers] == [LABELS[i] for i in expected.argmax(1)]
-    accuracy = 100 * accuracy_score([y for _, y in rows], expected.argmax(1))
+    accuracy = 100 * accuracy_score(truth, expected.argmax(1))
     assert status == 0 and f"11 rows, by {run}/epochs/{epoch}; accuracy {accuracy:.1f}" in text
 
 
@@ -574,28 +526,24 @@ def test_classify_labels_texts_from_python(runs, pair_run, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_spreadsheet_in_and_json_lines_out(runs, script, tmp_path):
+def test_a_spreadsheet_in_and_json_lines_out(runs, script, refused, tmp_path):
     """Named columns, a semicolon, a line break in a cell; rows whose label is not known."""
     texts = ["my money; now", "please\ncancel", "the parcel", "person"]
-    known = ["refund", "", "", "agent"]
     with open(tmp_path / "my.csv", "w", newline="", encoding="utf-8-sig") as file:
-        rows = zip("1234", texts, known)
+        rows = zip("1234", texts, ["refund", "", "", "agent"])
         csv.writer(file, delimiter=";").writerows([["id", "body", "label"], *rows])
-    model = runs / "wf-seed0" / "epochs" / "mean"
-    out = tmp_path / "out.jsonl"
+    model, out = runs / "wf-seed0/epochs/mean", tmp_path / "out.jsonl"
     status, text, _ = label(script, model, tmp_path / "my.csv", out, "--text", "body")
     predicted = logits_by_hand(model, [[text] for text in texts]).argmax(1)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["body"] for row in rows] == texts and [row["id"] for row in rows] == list("1234")
-    assert [row["prediction"] for row in rows] == [LABELS[i] for i in predicted]
+    found = [(row["id"], row["body"], row["prediction"]) for row in rows]
+    assert found == list(zip("1234", texts, [LABELS[i] for i in predicted]))
     accuracy = 100 * np.mean([predicted[0] == 0, predicted[3] == 1])
     assert status == 0 and f"accuracy {accuracy:.1f} on the 2 whose label is known" in text
-    status, _, error = label(script, model, out, tmp_path / "again.csv", "--text", "body")
-    assert status == 2 and "has a column 'prediction', which would be lost: rename it" in error
-    status, _, error = label(script, model, out, tmp_path / "again.csv", "--text", "sentence")
-    assert status == 2 and "has no column 'sentence' but id, body, label" in error
-    assert f"{model} was trained on single texts" in error and "--text" in error
-    assert not (tmp_path / "again.csv").exists()
+    again = model, "--input", out, "--predictions", tmp_path / "again.csv", "--text"
+    refused("has a column 'prediction', which would be lost: rename it", *again, "body")
+    message = f"has no column 'x' but {', '.join(rows[0])}; {model} was trained on single texts"
+    refused(message, *again, "x")
 
 
 def test_standard_input_and_output(runs, script, tmp_path, monkeypatch):
@@ -607,50 +555,46 @@ def test_standard_input_and_output(runs, script, tmp_path, monkeypatch):
     assert row.startswith("my money\t7\t") and "1 rows, by" in error
 
 
-def test_pairs_and_single_texts_are_told_apart(runs, pair_run, data_folder, script, tmp_path):
+def test_pairs_and_single_texts_are_told_apart(runs, pair_run, data_folder, refused, tmp_path):
     """By --input and by --data, both ways."""
-    single, pair = runs / "wf-seed0", pair_run
     (tmp_path / "single.tsv").write_text("text\nmy money\n")
     (tmp_path / "pair.tsv").write_text("text_a\ttext_b\nmy money\tmy parcel\n")
-    words = {single: "single texts (text)", pair: "pairs (text_a, text_b)"}
-    data = {single: data_folder, pair: pair_run.parent / "data"}
-    for run, other, file in ((single, pair, "pair.tsv"), (pair, single, "single.tsv")):
-        status, _, error = label(script, run, tmp_path / file, tmp_path / "out.tsv")
-        assert status == 2 and f"{run} was trained on {words[run]}" in error
-        status, _, error = script("evaluate", run, "--data", data[other], "--out", tmp_path / "out")
-        message = f"{data[other]} holds {words[other]}, {run} was trained on {words[run]}"
-        assert status == 2 and message in error
-    assert not (tmp_path / "out.tsv").exists() and not (tmp_path / "out").exists()
+    single, pair, pairs = "single texts (text)", "pairs (text_a, text_b)", pair_run.parent / "data"
+    for run, kind, file, data, other in (
+        (runs / "wf-seed0", single, "pair.tsv", pairs, pair),
+        (pair_run, pair, "single.tsv", data_folder, single),
+    ):
+        was = f"{run} was trained on {kind}"
+        refused(was, run, "--input", tmp_path / file, "--predictions", tmp_path / "out.tsv")
+        refused(f"{data} holds {other}, {was}", run, "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_token_that_the_encoder_does_not_know_is_refused(run, script, tmp_path):
+def test_a_token_that_the_encoder_does_not_know_is_refused(run, refused, tmp_path):
     """Tokens were added to the tokenizer of a kept epoch, resize_token_embeddings() forgotten."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "epochs" / "3")
+    tokenizer = AutoTokenizer.from_pretrained(run / "epochs/3")
     known = len(tokenizer)
     tokenizer.add_tokens(["xx<user>xx"])
-    tokenizer.save_pretrained(run / "epochs" / "3")
+    tokenizer.save_pretrained(run / "epochs/3")
     (tmp_path / "my.tsv").write_text("text\nhello xx<user>xx\n")
-    status, _, error = label(script, run, tmp_path / "my.tsv", tmp_path / "out.tsv")
-    assert status == 2 and not (tmp_path / "out.tsv").exists()
-    assert f"the tokenizer gives token {known}, the encoder knows {known}" in error
+    message = f"the tokenizer gives token {known}, the encoder knows {known}"
+    refused(message, run, "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv")
 
 
-def test_predictions_by_a_chosen_epoch(four_epochs, script, tmp_path):
+def test_predictions_by_a_chosen_epoch(four_epochs, script, refused, tmp_path):
     (tmp_path / "my.tsv").write_text("text\nmy money\n")
-    files = tmp_path / "my.tsv", tmp_path / "out.tsv"
+    files = "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv", "--epoch"
     for protocol, epoch in (("en", 2), ("mean", "mean")):
-        status, text, _ = label(script, four_epochs, *files, "--epoch", protocol)
+        status, text, _ = script("evaluate", four_epochs, *files, protocol)
         assert status == 0 and f"by {four_epochs}/epochs/{epoch}" in text
-    model = four_epochs / "epochs" / "2"
-    status, _, error = label(script, model, *files, "--epoch", "en")
-    assert status == 2 and f"--epoch en: {model} is one model, not a run" in error
+    model = four_epochs / "epochs/2"
+    refused(f"--epoch en: {model} is one model, not a run", model, *files, "en")
 
 
-def test_a_label_that_the_model_does_not_know(runs, script, tmp_path):
+def test_a_label_that_the_model_does_not_know(runs, refused, tmp_path):
     (tmp_path / "my.tsv").write_text("text\tlabel\nmy money\trefund\nmy parcel\tdelivry\n")
-    status, _, error = label(script, runs / "baseline", tmp_path / "my.tsv", tmp_path / "out.tsv")
-    assert status == 2 and "my.tsv, line 3: unknown label 'delivry', expected one of" in error
-    assert not (tmp_path / "out.tsv").exists()
+    files = "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv"
+    message = "my.tsv, line 3: unknown label 'delivry', expected one of"
+    refused(message, runs / "baseline", *files)
 
 
 # --- differences, protocols, Translate-Train ------------------------------------------------------
@@ -665,36 +609,16 @@ def test_differences_are_those_of_the_kept_logits(runs, data_folder, tmp_path):
     for language in LANGUAGES:
         rows = [right(runs / name, data_folder, language) * 1.0 for name in names]
         difference = (rows[1] + rows[2]) / 2 - rows[0]
-        expected = intervals(difference[None, :, None], np.arange(ROWS))[0]
+        expected = intervals(difference[None, :, None], np.arange(ROWS))[0]._asdict()
         entry = wf["difference"][language]
         assert list(entry) == ["difference", "low", "high", "p", "by_seed", "seeds", "p_holm"]
-        for key in ("difference", "low", "high", "p"):
-            assert entry[key] == pytest.approx(getattr(expected, key))
-        assert entry["p_holm"] >= entry["p"] and entry["seeds"] == 1 and entry["by_seed"] == []
+        p_holm, by_seed, _ = entry.pop("p_holm"), entry.pop("by_seed"), expected.pop("by_seed")
+        assert entry == pytest.approx(expected) and by_seed == [] and p_holm >= entry["p"]
         low, high = 100 * entry["low"], 100 * entry["high"]
         assert f"{100 * entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}]†" in text
     others = np.mean([wf["difference"][language]["difference"] for language in ("de", "zh")])
     assert wf["difference"]["others"]["difference"] == pytest.approx(others)
     assert "† One seed: the rows' interval" in text and "]*" not in text
-
-
-def test_seeds_are_paired_where_both_systems_have_them(runs, data_folder, tmp_path):
-    """Against copies of the same runs that are never right."""
-    folders = [runs / "wf-seed0", runs / "wf-seed1"]
-    for folder in list(folders):
-        folders.append(shutil.copytree(folder, tmp_path / f"other-{folder.name}"))
-        about = json.loads((folders[-1] / "run.json").read_text())
-        about["arguments"]["dropout"] = 0.2
-        (folders[-1] / "run.json").write_text(json.dumps(about))
-    tabulate(tmp_path / "first", data_folder, *folders)
-    for folder in folders[2:]:
-        for language in LANGUAGES:
-            keep(kept(folder, language), np.eye(4)[(classes(data_folder, language) + 1) % 4])
-    results, text = tabulate(tmp_path / "out", data_folder, *folders)
-    entry = results["systems"][1]["difference"]["de"]
-    expected = [-right(folder, data_folder, "de").mean() for folder in folders[:2]]
-    assert entry["by_seed"] == pytest.approx(expected) and entry["seeds"] == 2
-    assert "others, each seed" in text and "†" not in text.split("In brackets")[0]
 
 
 def test_a_star_needs_holms_p_and_two_seeds():
@@ -716,33 +640,29 @@ def test_a_star_needs_holms_p_and_two_seeds():
     }
 
 
-def test_rows_of_a_group_are_drawn_together(runs, data, tmp_path):
+def test_rows_of_a_group_are_drawn_together(runs, run, data, tmp_path):
     """All rows are one group, so that each resample holds all rows."""
     for path in data.glob("test.*.tsv"):
         header, *lines = path.read_text().splitlines()
         write_lines(path, [f"{header}\tgroup", *(f"{line}\tframe" for line in lines)])
-    folders = []
-    for name in ("baseline", "wf-seed0"):
-        ignore = shutil.ignore_patterns("predictions")
-        folders.append(shutil.copytree(runs / name, tmp_path / name, ignore=ignore))
-    results, _ = tabulate(tmp_path / "out", data, *folders)
+    baseline = copied(runs / "baseline", tmp_path / "baseline")
+    results, _ = tabulate(tmp_path / "out", data, baseline, run)
     for entry in results["systems"][1]["difference"].values():
         assert entry["low"] == pytest.approx(entry["difference"]) == entry["high"]
 
 
-def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, script):
-    arguments = runs / "baseline", runs / "wf-seed0", "--data", data_folder, "--out", tmp_path
-    status, _, error = script("evaluate", *arguments, "--baseline", "x")
-    assert status == 2 and "--baseline x: the systems are baseline wf-seed0" in error
-    results, _ = tabulate(tmp_path, data_folder, *arguments[:2], "--baseline", "wf-seed0")
+def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, refused):
+    folders = runs / "baseline", runs / "wf-seed0"
+    flags = *folders, "--data", data_folder, "--out", tmp_path / "out", "--baseline"
+    refused("--baseline x: the systems are baseline wf-seed0", *flags, "x")
+    results, _ = tabulate(tmp_path / "out", data_folder, *folders, "--baseline", "wf-seed0")
     assert "difference" in results["systems"][0] and "difference" not in results["systems"][1]
 
 
 def test_languages_that_are_no_translations_have_no_mean(run, runs, data, tmp_path):
     """German has other rows, and fewer; where it is gone, one language is no mean either."""
     write_test(data, "de", toy_rows("de", 11, 5))
-    ignore = shutil.ignore_patterns("predictions")
-    baseline = shutil.copytree(runs / "baseline", tmp_path / "baseline", ignore=ignore)
+    baseline = copied(runs / "baseline", tmp_path / "baseline")
     results, text = tabulate(tmp_path / "out", data, baseline, run)
     assert list(results["systems"][1]["difference"]) == LANGUAGES
     assert "rows: en 17, zh 17, de 11." in text and "others" not in text
@@ -757,20 +677,14 @@ def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, 
     names = ["joint", "mean", "en", "oracle"]
     results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", *names)
     (system,) = results["systems"]
-    (entry,) = system["runs"]
-    assert list(entry["protocols"]) == names
-    assert entry["accuracy"] == entry["protocols"]["joint"]["accuracy"]
-    assert "`en`: best on the source language's own dev set (en), true zero-shot" in text
+    assert list(system["protocols"]) == names and list(system["protocol_differences"]) == names[1:]
     for name in names:
-        shown, _ = tabulate(tmp_path / name, data_folder, runs / "wf-seed0", "--epoch", name)
-        mean = shown["systems"][0]["mean"]
+        alone, _ = tabulate(tmp_path / name, data_folder, runs / "wf-seed0", "--epoch", name)
+        mean = alone["systems"][0]["mean"]
         assert mean == system["protocols"][name]
-        assert f"{100 * mean['en']:.1f} / {50 * (mean['de'] + mean['zh']):.1f}" in text
-        for language, gap in system["protocol_differences"].get(name, {}).items():
-            assert gap["low"] <= gap["difference"] <= gap["high"] and gap["seeds"] == 1
-            if language != "others":
-                expected = mean[language] - entry["accuracy"][language]
-                assert gap["difference"] == pytest.approx(expected)
+        for language in LANGUAGES if name != "joint" else ():
+            difference = system["protocol_differences"][name][language]["difference"]
+            assert difference == pytest.approx(mean[language] - system["mean"][language])
     assert "Difference to the same runs at `joint`" in text and "| wf-seed0, oracle |" in text
 
 
@@ -799,7 +713,7 @@ def test_two_sources_are_two_systems(sources, tmp_path):
 
 
 def test_translate_train_is_one_row_of_models_each_in_its_own_language(
-    runs, sources, tmp_path, script
+    runs, sources, tmp_path, refused
 ):
     data, baseline = sources / "data", runs / "baseline"
     models = ["--translate-train", sources / "from-de", sources / "from-zh"]
@@ -807,15 +721,13 @@ def test_translate_train_is_one_row_of_models_each_in_its_own_language(
     first, system = results["systems"]
     assert system["name"] == "Translate-Train" and system["train_language"] is None
     assert [list(entry["accuracy"]) for entry in system["runs"]] == [["de"], ["zh"]]
-    assert set(system["mean"]) == {"zh", "de"} and list(first["mean"]) == LANGUAGES
-    expected = right(sources / "from-zh", data, "zh", epoch=2).mean()
-    assert system["mean"]["zh"] == expected
-    row = next(cells for name, cells in columns(text).items() if name.startswith("Translate-Train"))
-    assert row[:2] == ["", f"{100 * system['mean']['zh']:.1f}"]  # nothing was trained on English
+    zh, de = (right(sources / f"from-{l}", data, l, epoch=2).mean() for l in ("zh", "de"))
+    assert system["mean"] == {"zh": zh, "de": de} and list(first["mean"]) == LANGUAGES
+    cells = columns(text)["Translate-Train (from each language)"]
+    assert cells[:2] == ["", f"{100 * zh:.1f}"]  # nothing was trained on English
     assert list(system["difference"]) == ["zh", "de", "others"]
-    expected = np.mean([system["mean"][l] - first["mean"][l] for l in ("de", "zh")])
+    expected = (zh - first["mean"]["zh"] + de - first["mean"]["de"]) / 2
     assert system["difference"]["others"]["difference"] == pytest.approx(expected)
     less = shutil.copytree(data, tmp_path / "less", ignore=shutil.ignore_patterns("test.zh.tsv"))
-    status, _, error = script("evaluate", *models, "--data", less, "--out", tmp_path / "less-out")
     message = f"{sources / 'from-zh'}: {less} has no test file in its language, zh"
-    assert status == 2 and message in error
+    refused(message, *models, "--data", less, "--out", tmp_path / "less-out")

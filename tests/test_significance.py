@@ -38,15 +38,11 @@ def test_the_bootstrap_draws_from_the_exact_distribution_of_a_small_case(monkeyp
 def test_one_seed_gives_the_interval_of_the_rows_that_it_always_gave():
     """The numbers are those of bootstrap_difference() at 54d93b9."""
     i = np.arange(24)
-    differences = np.stack([(i * 7 % 5 - 2) * 0.25 + 0.3, (i * 11 % 7 - 3) / 10 + 0.1], axis=1)
-    first, second = intervals(differences[None], i // 3)
-    assert first[:4] == (
-        0.28958333333333325, 0.21666666666666667, 0.37291666666666673, 0.00019998000199980003
-    )  # fmt: skip
-    assert second[:4] == (
-        0.08333333333333336, 0.025000000000000005, 0.1416666666666667, 0.005599440055994401
-    )  # fmt: skip
-    assert first.seeds == 1 and first.by_seed == [first.difference]
+    differences = (i * 11 % 7 - 3) / 10 + 0.1
+    (found,) = intervals(differences[None, :, None], i // 3)
+    expected = 0.08333333333333336, 0.025000000000000005, 0.1416666666666667, 0.005599440055994401
+    assert found[:4] == pytest.approx(expected, rel=1e-12)
+    assert found.seeds == 1 and found.by_seed == [found.difference]
 
 
 def test_systems_that_answer_alike_do_not_differ():
@@ -101,7 +97,7 @@ def simulate(seeds, shift=0, baseline_seeds=None):
     return [share_outside(found[i : i + TRIALS]) for i in range(0, len(found), TRIALS)]
 
 
-@pytest.mark.parametrize("seeds, other", [(2, None), (3, None), (5, None), (3, 5)])
+@pytest.mark.parametrize("seeds, other", [(2, None), (5, None), (3, 5)])
 def test_where_nothing_differs_few_intervals_miss_zero(seeds, other, monkeypatch):
     few_resamples(monkeypatch, 2000)
     missed = simulate(seeds, baseline_seeds=other)

@@ -9,13 +9,13 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import zipfile
 
 import pytest
 from conftest import make_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_data import write_massive
 
 import data
 import evaluate
@@ -93,16 +93,7 @@ def world(model_folder, tmp_path_factory):
     with zipfile.ZipFile(folder / "archives/XNLI-1.0.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for split in ("dev", "test"):
             file.writestr(f"XNLI-1.0/xnli.{split}.tsv", rows)
-    massive = folder / "archives/amazon-massive-dataset-1.0.tar.gz"
-    with tarfile.open(massive, "w:gz") as file:
-        for code in ("en-US", "de-DE"):
-            lines = ""
-            for i in range(6):
-                row = {"id": str(i), "partition": ("train", "dev", "test")[i % 3]}
-                lines += json.dumps(row | {"intent": "ab"[i // 3], "utt": f"text {i}"}) + "\n"
-            info = tarfile.TarInfo(f"1.0/data/{code}.jsonl")
-            info.size = len(lines)
-            file.addfile(info, io.BytesIO(lines.encode()))
+    write_massive(folder / "archives")
     return folder
 
 
@@ -158,20 +149,8 @@ def test_spreadsheets_that_become_a_data_set(draw, world, tmp_path):
         answers(data.main, "own", *flags, "--text", "text", "--label", "label")
 
 
-def test_the_archives_are_good_as_they_are_and_cannot_write_elsewhere(world, tmp_path):
-    inside = tmp_path / "a" / "b"
-    shutil.copytree(world / "archives", inside / "archives")
-    name = "amazon-massive-dataset-1.0.tar.gz"
-    with (
-        tarfile.open(inside / "archives" / name, "w:gz") as file,
-        tarfile.open(world / "archives" / name) as good,
-    ):
-        for outside in ("../../x", "1.0/data/../../../x"):
-            file.addfile(tarfile.TarInfo(outside))
-        for info in good:
-            file.addfile(info, good.extractfile(info))
+def test_the_archives_are_good_as_they_are(world, tmp_path):
     for kind in ("xnli", "massive"):
-        main, *arguments = convert(inside, kind, tmp_path / kind)
+        main, *arguments = convert(world, kind, tmp_path / kind)
         main([str(argument) for argument in arguments])
-        assert (tmp_path / kind / "data" / "test.de.tsv").exists()
-    assert list(tmp_path.rglob("x")) == []
+        assert (tmp_path / kind / "data/test.de.tsv").exists()
