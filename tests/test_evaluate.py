@@ -324,6 +324,11 @@ def test_a_protocol_without_its_sets(four_epochs, data, refused, tmp_path):
 # --- the table ------------------------------------------------------------------------------------
 
 
+def test_a_run_and_its_copy_are_not_two_seeds(runs, run, data_folder, tmp_path, refused):
+    files = "--data", data_folder, "--out", tmp_path / "out"
+    refused("are the same run (seed 0), which would count twice", runs / "wf-seed0", run, *files)
+
+
 def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder, tmp_path):
     names = ["wf-seed0", "baseline", "wf-seed1"]
     results, text = tabulate(tmp_path / "out", data_folder, *(runs / name for name in names))

@@ -1,7 +1,7 @@
 """Whatever bytes a user's file holds, the answer is data or one clear sentence: no traceback, no
 hang, nothing written elsewhere.
 
-300 cases in `make test`, 6,000 in `make prove`, which sets PROVE=1.
+`make prove`: 6,000 cases with PROVE=1, else 300.
 """
 
 import contextlib

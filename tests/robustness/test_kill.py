@@ -1,8 +1,8 @@
 """Real processes, killed with SIGKILL at random moments and started again: the files are those of a
 run never stopped.
 
-Three kills in `make test`; thirty in `make prove`, which sets PROVE=1: ten for each script, half of
-them while a file is being written.
+`make prove`: with PROVE=1 thirty kills, ten for each script, else three; half of them while a file
+is being written.
 """
 
 import importlib
