@@ -16,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-e5}
-PARTS=${PARTS:-search xnli large translate claims}
+PARTS=${PARTS:-search rows xnli large translate claims}
 SEEDS=${SEEDS:-0 1 2 3 4}             # of xnli
 ROWS=${ROWS:-10000}                   # train pairs of xnli
 EPOCHS=${EPOCHS:-5}                   # of xnli
@@ -71,6 +71,13 @@ if part search || part xnli; then
     for grid in fair plain; do
         $PY plot.py grid "$OUT/grid-$grid" --out "$OUT/figures/$grid"
     done
+fi
+
+# How many rows: the search, logistic regression and fine-tuning; conclusions 3 to 5 on test (scikit-learn: make .venv/test).
+if part rows; then
+    $PY -m experiments.rows --model "$MODEL" --data "$OUT/data/massive" --out "$OUT/rows/massive" --rows 40 100 500 3240 --seeds 5
+    $PY -m experiments.rows --model "$MODEL" --data "$OUT/data/massive60" --out "$OUT/rows/massive60" --rows 500 --seeds 5
+    $PY -m experiments.phase_one "$OUT/rows/massive/3240/grid" --data "$OUT/rows/massive/3240/data"
 fi
 
 # Phase 2 on XNLI: the paper's systems, and MC-BERT with the fair search's layers; each at its last epoch and its mean.
