@@ -32,8 +32,8 @@ from evaluate import classify
 from lib.archives import write_columns
 from lib.folders import write_atomic, write_json
 from lib.messages import UserError, cli, in_range, make_parser
-from lib.significance import intervals
-from lib.tables import markdown_table
+from lib.significance import LEVEL, holm, intervals
+from lib.tables import interval_cell, markdown_table
 
 CS = [10.0**power for power in range(-1, 5)]
 EPOCHS = 5  # of fine-tuning
@@ -191,19 +191,15 @@ def report(entries, language):
             scores = f"{100 * system['others']:.1f} ({100 * system['source']:.1f})"
             cells.append(f"{scores}, {system['seconds']:.0f} s")
         for name in SYSTEMS[1:]:
-            d = entry["differences"].get(name)
-            if d is None:
-                cells.append("")
-                continue
-            low, high = 100 * d["low"], 100 * d["high"]
-            cells.append(f"{100 * d['difference']:+.1f} [{low:+.1f}, {high:+.1f}]")
+            cells.append(interval_cell(entry["differences"].get(name)))
         lines.append(cells)
     header = ["rows", *SYSTEMS, "search - logistic", "search - fine-tuned"]
-    return (
-        f"Test accuracy, percent: mean of the other languages ({language} in brackets); seconds.\n"
-        "Differences on the others' mean with the 95 % interval, of the rows, and of the seeds "
-        f"where\nthere are several.\n\n{markdown_table(header, lines)}\n"
-    )
+    return f"""Test accuracy (%): mean of the other languages ({language} in brackets), seconds.
+Differences on the others' mean with the 95 % interval. \\* p < {LEVEL} after Holm's correction over
+the table's differences. † One model each: the rows' interval, no star.
+
+{markdown_table(header, lines)}
+"""
 
 
 def parse_args(argv):
@@ -234,6 +230,9 @@ def main(argv=None):
         print(f"\n== {rows} rows ==")
         right, seconds, groups = run_rows(args, rows, language, languages)
         entries.append(row_of(rows, right, seconds, groups, languages, language))
+    differences = [found for entry in entries for found in entry["differences"].values()]
+    for found, p in zip(differences, holm([found["p"] for found in differences])):
+        found["p_holm"] = float(p)
     write_json(Path(args.out) / "rows.json", entries)
     text = report(entries, language)
     with write_atomic(Path(args.out) / "rows.md") as file:
