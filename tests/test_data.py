@@ -583,12 +583,10 @@ def test_hold_out_takes_whole_groups_of_each_class(tmp_path, own, flag):
     for out, seed in ("one", 0), ("two", 0), ("three", 5):
         flags = f"--train en=x.csv {flag} --hold-out 0.2 --seed {seed}"
         assert own(flags, "id body queue thread", out, x=rows)[0] == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    train, dev, other = (
-        read_plain(tmp_path / name)[1:]
-        for name in ("one/train.en.tsv", "one/dev.en.tsv", "three/dev.en.tsv")
-    )
-    assert dev != other
+    one, two, three = (contents(tmp_path / out) for out in ("one", "two", "three"))
+    assert one == two and one["dev.en.tsv"] != three["dev.en.tsv"]
+    tables = read_tables(tmp_path / "one")
+    train, dev = tables["train.en.tsv"][1:], tables["dev.en.tsv"][1:]
     assert sorted(row[0] for row in train + dev) == sorted(row[1] for row in rows)
     groups = {(thread_of[row[0]], row[1]) for row in dev}
     assert not {thread_of[row[0]] for row in train} & {thread for thread, _ in groups}
@@ -668,17 +666,15 @@ def test_check_counts_unknown_tokens_and_cut_rows(odd_folder, script, model_fold
 
 def test_check_counts_pairs_as_pairs(tmp_path, script):
     (tmp_path / "labels.txt").write_text("no\nyes\n")
+    status, _, err = script("data", "check", tmp_path)
+    assert "has no train, dev or test file" in refusal(status, err)
     train = [("a", "b", "no"), ("a", "c", "no"), ("a", "b", "yes")]
-    write_tsv(tmp_path / "train.en.tsv", train, "text_a\ttext_b\tlabel")
-    write_tsv(tmp_path / "test.en.tsv", [*train[1:2], ("b", "a", "yes")], "text_a\ttext_b\tlabel")
+    for name, rows in ("train", train), ("test", [train[1], ("b", "a", "yes")]):
+        write_tsv(tmp_path / f"{name}.en.tsv", rows, "text_a\ttext_b\tlabel")
     assert cells(script("data", "check", tmp_path)[1]) == {
         "train.en": ["3", "1", "33.3%", "66.7%", "1"],
         "test.en": ["2", "2", "50.0%", "50.0%", "0", "1"],
     }
-    for path in tmp_path.glob("*.tsv"):
-        path.unlink()
-    status, _, err = script("data", "check", tmp_path)
-    assert "has no train, dev or test file" in refusal(status, err)
 
 
 # --- tokens and batches ---------------------------------------------------------------------------

@@ -576,16 +576,6 @@ def test_pairs_and_single_texts_are_told_apart(runs, pair_run, data_folder, refu
         refused(f"{data} holds {other}, {was}", run, "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_token_that_the_encoder_does_not_know_is_refused(run, refused, tmp_path):
-    """Tokens were added to the tokenizer of a kept epoch, resize_token_embeddings() forgotten."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "epochs/3")
-    known = len(tokenizer)
-    tokenizer.add_tokens(["xx<user>xx"])
-    tokenizer.save_pretrained(run / "epochs/3")
-    message = f"the tokenizer gives token {known}, the encoder knows {known}"
-    refused(message, run, *own_text(tmp_path, "text", "hello xx<user>xx"))
-
-
 def test_predictions_by_a_chosen_epoch(four_epochs, script, refused, tmp_path):
     files = *own_text(tmp_path, "text", "my money"), "--epoch"
     for protocol, epoch in (("en", 2), ("mean", "mean")):

@@ -122,10 +122,3 @@ def test_a_users_own_text(draw, world, tmp_path):
         answers(evaluate.main, world / "run", *files)
         flags = "--out", tmp_path / "data", "--train", f"en={path}", "--dev", f"en={path}"
         answers(data.main, "own", *flags, "--text", "text", "--label", "label")
-
-
-def test_the_archives_are_good_as_they_are(world, tmp_path):
-    for kind in ("xnli", "massive"):
-        main, *arguments = convert(world, kind, tmp_path / kind)
-        main([str(argument) for argument in arguments])
-        assert (tmp_path / kind / "data/test.de.tsv").exists()
