@@ -3,6 +3,7 @@ run a script."""
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -98,10 +99,31 @@ def make_data(folder, train=60, dev=13, test=17, languages=("en", "de", "zh")):
     return str(folder)
 
 
+def make_pairs(data, folder):
+    """A copy of a toy data set with each text cut in two. Returns the folder."""
+    shutil.copytree(data, folder)
+    for path in Path(folder).glob("*.tsv"):
+        lines = ["text_a\ttext_b\tlabel\n"]
+        for text, label in table(path):
+            first, _, second = text.partition(" ")
+            lines.append(f"{first}\t{second}\t{label}\n")
+        path.write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
 def table(path):
     """The cells of a .tsv file, row by row, without its header."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [line.split("\t") for line in lines[1:]]
+
+
+def refused(result, *phrases):
+    """A script() ended with status 2, and all `phrases` are in the last line that it printed."""
+    status, _, error = result
+    line = error.strip().splitlines()[-1]
+    assert status == 2 and ".py: error: " in line, result
+    for phrase in phrases:
+        assert phrase in line, line
 
 
 @pytest.fixture(scope="session")

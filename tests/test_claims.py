@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_data, make_model
+from conftest import make_data, make_model, refused
 
 import train
 from experiments import claims
@@ -69,33 +69,30 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
     # what is reached and compared is what the logits say
     written, text = json.loads((out / "claims.json").read_text()), (out / "claims.md").read_text()
     folder = out / "runs/mc-bert-long-seed1"
-
-    def others(epoch):
-        return np.mean([accuracy(folder, epoch, data, language) for language in ("de", "zh")])
-
+    half, last = (
+        np.mean([accuracy(folder, epoch, data, language) for language in ("de", "zh")])
+        for epoch in (1, 2)
+    )
     reached = {system["name"]: system for system in written["systems"]}
-    long, mean = reached["mc-bert-long"], reached["mc-bert-long@mean"]
-    by_seed = written["conclusions"][0]["others"]["by_seed"]
-    assert by_seed == pytest.approx([others(1) - others(2)])
-    assert long["others"] == pytest.approx(others(2))
-    assert long["train"] == pytest.approx(accuracy(folder, 2, data, "en", "train"))
-    assert mean["source"] == pytest.approx(accuracy(folder, "mean", data, "en"))
-    assert {row["verdict"] for row in written["conclusions"]} == {"one seed"}
-    assert text.index("8: a deeper") < text.index("## Accuracies") < text.index("## Controls")
-    assert f"{100 * long['others']:.1f}" in text.split("## Accuracies")[1]
+    assert written["conclusions"][0]["others"]["by_seed"] == pytest.approx([half - last])
+    assert reached["mc-bert-long"]["others"] == pytest.approx(last)
+    in_train = accuracy(folder, 2, data, "en", "train")
+    assert reached["mc-bert-long"]["train"] == pytest.approx(in_train)
+    mean = accuracy(folder, "mean", data, "en")
+    assert reached["mc-bert-long@mean"]["source"] == pytest.approx(mean)
+    conclusions, _, after = text.partition("## Accuracies")
+    assert "8: a deeper" in conclusions and f"{100 * last:.1f}" in after
     assert "- wf-epoch-auto: seed 1 never, not counted" in text
     for draw, name in zip(written["draws"], DRAWS, strict=True):
         assert draw["layers"] == (arguments[name]["freeze_layers"] or arguments[name]["layers"])
         assert draw["above_middle"] == len({*draw["layers"]} & {4, 5, 6})
         assert draw["run"] == name and name in text
 
-    # a second call gives train.py the same commands, so that it finds its runs complete
-    again = []
-    monkeypatch.setattr(train, "main", lambda command: again.append(command))
-    assert run(script, *flags, "--drop-models")[0] == 0 and again == asked
-    assert json.loads((out / "claims.json").read_text()) == written
-
-    # some of the controls; what is deleted is not needed for the same rows
+    # a second call gives train.py the same commands, so that it finds its runs complete; what is
+    # deleted is not needed for the same rows
+    first, asked[:] = list(asked), []
+    monkeypatch.setattr(train, "main", asked.append)
+    assert run(script, *flags, "--drop-models")[0] == 0 and asked == first
     assert not [*out.rglob("*.safetensors"), *out.rglob("state.pt")]
     assert run(script, *flags, "mc-bert-mix", "wf-random")[0] == 0
     less = json.loads((out / "claims.json").read_text())
@@ -106,8 +103,7 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
         (["mix"], f"--controls mix: they are {PLAIN[0]} wf-lowest wf-random"),
         (["--max-rows", 3], "baseline-seed1 did not keep epoch 1, but none"),
     ):
-        status, _, error = run(script, *flags, *more)
-        assert status == 2 and message in error
+        refused(run(script, *flags, *more), message)
 
 
 @pytest.mark.parametrize(
@@ -123,19 +119,18 @@ def test_bad_flags_are_said_before_anything_is_trained(
     flags, message, script, model_folder, data_folder, tmp_path
 ):
     given = ("--layers", 2, "--freeze-layers", 1, *flags.split())
-    status, _, error = run(script, model_folder, data_folder, tmp_path / "out", *given)
-    assert status == 2 and message in error and not (tmp_path / "out").exists()
+    refused(run(script, model_folder, data_folder, tmp_path / "out", *given), message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_language_is_needed_and_rows_that_are_translations(model_folder, tmp_path, script):
     data = make_data(tmp_path / "data", train=5, dev=3, test=7, languages=("en", "de"))
     path = tmp_path / "data/test.de.tsv"
     path.write_text("\n".join(read_lines(path)[:-1]) + "\n")
-    status, _, error = run(script, model_folder, data, tmp_path / "out")
-    assert status == 2 and "the test rows of en de are no translations of each other" in error
+    call = model_folder, data, tmp_path / "out"
+    refused(run(script, *call), "the test rows of en de are no translations of each other")
     path.unlink()
-    status, _, error = run(script, model_folder, data, tmp_path / "out")
-    assert status == 2 and "in en and in another language, it is there in: en" in error
+    refused(run(script, *call), "in en and in another language, it is there in: en")
 
 
 def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(
@@ -147,25 +142,23 @@ def test_a_stop_stops_the_whole_and_what_is_not_finished_is_not_compared(
     assert run(script, *flags)[0] == 130 and len(calls) == 1
     statuses.pop()
     monkeypatch.setattr(claims, "read_run", lambda folder: ({"complete": False}, []))
-    status, _, error = run(script, *flags)
-    assert status == 2 and "baseline-seed0 is not finished" in error
+    refused(run(script, *flags), "baseline-seed0 is not finished")
 
 
-def test_the_controls_freeze_at_other_epochs_and_draw_other_layers_for_each_seed():
-    by_seed = [claims.controls(RECIPE, seed) for seed in range(3)]
-    names = "wf-epoch-1 wf-epoch-3 wf-epoch-auto wf-lowest wf-random random-layers mc-bert-mix"
-    assert list(by_seed[0]) == names.split()
-    for control, flag in (("random-layers", "--layers"), ("wf-random", "--freeze-layers")):
-        drawn = []
-        for every in by_seed:
-            assert list(every[control].runs) == [f"{control}-{draw}" for draw in (1, 2, 3)]
-            for flags in every[control].runs.values():
-                at = flags.index(flag) + 1
-                drawn.append(tuple(flags[at : at + 3]))
-        assert all(len(set(layers)) == 3 and set(layers) <= {*range(1, 13)} for layers in drawn)
-        assert len(set(drawn)) > 7
-    for name, control in by_seed[0].items():  # beside the paper's freezing, and beside none
-        assert control.against == ["mc-bert-wf", "mc-bert"][not name.startswith("wf-") :]
+def test_the_controls_draw_other_layers_for_each_seed():
+    drawn, pooled = {}, set()
+    for seed in range(3):
+        for name, control in claims.controls(RECIPE, seed).items():
+            # beside the paper's freezing, and beside none
+            assert control.against == ["mc-bert-wf", "mc-bert"][not name.startswith("wf-") :]
+            for flags in control.runs.values():
+                drawn.setdefault(name, set()).add(tuple(flags))
+                if name == "random-layers":
+                    pooled.update(flags[1:4])
+    once = dict.fromkeys(["wf-epoch-1", "wf-epoch-3", *PLAIN], 1)
+    counts = {name: len(flags) for name, flags in drawn.items()}
+    assert counts == once | {"wf-random": 8, "random-layers": 9}  # two of nine alike
+    assert (min(pooled), max(pooled)) == (1, 12)
 
 
 def test_when_layers_froze():

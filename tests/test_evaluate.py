@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, make_data, table, toy_rows
+from conftest import LABELS, make_data, make_pairs, table, toy_rows
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModel, AutoTokenizer
@@ -41,10 +41,7 @@ def runs(model_folder, data_folder, tmp_path_factory):
 def pair_run(model_folder, tmp_path_factory):
     """A run of one epoch on pairs, beside its data."""
     folder = tmp_path_factory.mktemp("pairs")
-    data = Path(make_data(folder / "data", train=30))
-    for path in data.glob("*.tsv"):
-        lines = path.read_text().splitlines()[1:]
-        write_lines(path, ["text_a\ttext_b\tlabel", *(f"my order\t{line}" for line in lines)])
+    data = make_pairs(make_data(folder / "single", train=30), folder / "data")
     return fine_tune(model_folder, data, folder / "run", "--layers", 1, 3)
 
 
@@ -90,13 +87,19 @@ def write_test(data, language, rows):
     write_lines(data / f"test.{language}.tsv", ["text\tlabel", *lines])
 
 
-def tabulate(out, data, *arguments):
-    """evaluate.py in this process: results.json and results.md."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        evaluate.main([*map(str, arguments), "--data", str(data), "--out", str(out)])
-    written = (Path(out) / "results.md").read_text()
-    assert written in text.getvalue()
-    return json.loads((Path(out) / "results.json").read_text()), written
+@pytest.fixture
+def tabulate(tmp_path):
+    """tabulate(data, run, ...) runs evaluate.py in this process: results.json and results.md."""
+
+    def call(*arguments):
+        flags = ["--out", str(tmp_path / "out"), "--data", *map(str, arguments)]
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            evaluate.main(flags)
+        written = (tmp_path / "out/results.md").read_text()
+        assert written in text.getvalue()
+        return json.loads((tmp_path / "out/results.json").read_text()), written
+
+    return call
 
 
 def kept(run, language, epoch=3):
@@ -182,8 +185,8 @@ def refused(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wf-seed1", "baseline"])
-def test_kept_logits_are_those_of_plain_transformers(name, runs, data_folder, tmp_path):
-    results, _ = tabulate(tmp_path / "out", data_folder, runs / name)
+def test_kept_logits_are_those_of_plain_transformers(name, runs, data_folder, tabulate):
+    results, _ = tabulate(data_folder, runs / name)
     for language in LANGUAGES:
         logits = np.load(kept(runs / name, language))["logits"]
         expected = logits_of_file(runs / name, data_folder, language)
@@ -193,8 +196,8 @@ def test_kept_logits_are_those_of_plain_transformers(name, runs, data_folder, tm
         assert results["systems"][0]["runs"][0]["accuracy"][language] == accuracy
 
 
-def test_dev_accuracies_are_those_of_the_metrics(runs, data_folder, tmp_path):
-    results, _ = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--split", "dev")
+def test_dev_accuracies_are_those_of_the_metrics(runs, data_folder, tabulate):
+    results, _ = tabulate(data_folder, runs / "wf-seed0", "--split", "dev")
     expected = {}
     for line in (runs / "wf-seed0" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -204,46 +207,43 @@ def test_dev_accuracies_are_those_of_the_metrics(runs, data_folder, tmp_path):
     assert results["split"] == "dev" and results["rows"] == dict.fromkeys(LANGUAGES, 13)
 
 
-def test_a_second_call_reads_the_logits_and_no_model(run, data, tmp_path, no_models):
+def test_a_second_call_reads_the_logits_and_no_model(run, data, tmp_path, no_models, tabulate):
     """Also where the weights were deleted since."""
-    first, _ = tabulate(tmp_path / "one", data, run)
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {"results.json", "results.md"}
+    first, _ = tabulate(data, run)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md"}
     names = {path.name for path in (run / "predictions/3").iterdir()}
     assert names == {f"test.{language}.npz" for language in LANGUAGES}
     no_models()
-    assert tabulate(tmp_path / "two", data, run)[0] == first
+    assert tabulate(data, run)[0] == first
     shutil.rmtree(run / "epochs")
-    assert tabulate(tmp_path / "three", data, run)[0] == first
+    assert tabulate(data, run)[0] == first
 
 
-def test_changed_data_is_computed_again(run, data, tmp_path, no_models):
-    tabulate(tmp_path / "one", data, run)
-    write_test(data, "de", toy_rows("de", ROWS, 5))
-    results, _ = tabulate(tmp_path / "two", data, run)
+@pytest.mark.parametrize("changed", ["test.de.tsv", "model.safetensors", "classifier.safetensors"])
+def test_logits_of_other_data_or_weights_are_computed_again(
+    changed, run, runs, data, no_models, tabulate
+):
+    """A run that was made anew is copied over an old one, whose logits are still there."""
+    tabulate(data, run)
+    keep(kept(run, "de"), np.zeros((ROWS, 4)))  # which nothing else would find out
+    if changed == "test.de.tsv":
+        write_test(data, "de", toy_rows("de", ROWS, 5))
+    else:
+        shutil.copy(runs / "wf-seed1/epochs/3" / changed, run / "epochs/3" / changed)
+    results, _ = tabulate(data, run)
     expected = accuracy_score(classes(data), logits_of_file(run, data).argmax(1))
     assert results["systems"][0]["mean"]["de"] == expected
     no_models()
-    tabulate(tmp_path / "three", data, run)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "classifier.safetensors"])
-def test_logits_of_other_weights_are_computed_again(name, run, runs, data, tmp_path):
-    """A run that was made anew is copied over an old one, whose logits are still there."""
-    tabulate(tmp_path / "one", data, run)
-    keep(kept(run, "de"), np.zeros((ROWS, 4)))  # which nothing else would find out
-    shutil.copy(runs / "wf-seed1/epochs/3" / name, run / "epochs/3" / name)
-    results, _ = tabulate(tmp_path / "two", data, run)
-    expected = accuracy_score(classes(data), logits_of_file(run, data).argmax(1))
-    assert results["systems"][0]["mean"]["de"] == expected
+    tabulate(data, run)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_damaged_logits_are_computed_again(content, run, data, tmp_path):
-    first, _ = tabulate(tmp_path / "one", data, run)
+def test_damaged_logits_are_computed_again(content, run, data, tabulate):
+    first, _ = tabulate(data, run)
     path = kept(run, "zh")
     whole = path.read_bytes()
     path.write_bytes(whole[:-100] if content is None else content)
-    assert tabulate(tmp_path / "two", data, run)[0] == first
+    assert tabulate(data, run)[0] == first
     assert path.read_bytes() == whole
 
 
@@ -255,14 +255,14 @@ def test_a_run_that_cannot_be_written_is_evaluated(run, data, tmp_path, script):
     assert error.count("cannot be written") == 1
 
 
-def test_max_rows_are_spread_evenly(run, data, tmp_path):
-    tabulate(tmp_path / "all", data, run)
+def test_max_rows_are_spread_evenly(run, data, tabulate):
+    tabulate(data, run)
     chosen = [0, 3, 6, 10, 13]  # of 17
     expected = {language: right(run, data, language)[chosen].mean() for language in LANGUAGES}
-    results, _ = tabulate(tmp_path / "some", data, run, "--max-rows", 5)
+    results, _ = tabulate(data, run, "--max-rows", 5)
     assert results["systems"][0]["mean"] == expected
     assert results["rows"] == dict.fromkeys(LANGUAGES, 5)
-    assert tabulate(tmp_path / "again", data, run)[0]["rows"] == dict.fromkeys(LANGUAGES, ROWS)
+    assert tabulate(data, run)[0]["rows"] == dict.fromkeys(LANGUAGES, ROWS)
 
 
 # --- the epoch to report --------------------------------------------------------------------------
@@ -284,19 +284,18 @@ def four_epochs(run):
     return run
 
 
-def test_only_what_is_asked_for_is_computed(four_epochs, data, tmp_path, monkeypatch):
+def test_only_what_is_asked_for_is_computed(four_epochs, data, monkeypatch, tabulate):
     """Each file is predicted once by each epoch that a protocol names, and no other."""
     loaded, load = [], evaluate.load_model
     monkeypatch.setattr(evaluate, "load_model", lambda path: loaded.append(path.name) or load(path))
-    results, text = tabulate(tmp_path / "one", data, four_epochs)
+    results, text = tabulate(data, four_epochs)
     assert loaded == ["4"] and "each protocol" not in text
     assert list(results["systems"][0]["protocols"]) == ["last"]
     names = ["oracle", "joint", "last", "mean"]
-    results, text = tabulate(tmp_path / "two", data, four_epochs, "--epoch", *names)
+    results, text = tabulate(data, four_epochs, "--epoch", *names)
     (run,) = results["systems"][0]["runs"]
     for name, epochs in zip(names, ([2, 1, 4], [1] * 3, [4] * 3, ["mean"] * 3)):
         assert run["protocols"][name]["epochs"] == dict(zip(LANGUAGES, epochs))
-    assert run["epochs"] == run["protocols"]["oracle"]["epochs"]
     assert results["epoch"] == "oracle" and "epoch: oracle" in text
     assert loaded[1:] == ["2", "1", "1", "mean"]  # once for each protocol at most
     files = [str(path.relative_to(four_epochs)) for path in four_epochs.rglob("*.npz")]
@@ -329,9 +328,9 @@ def test_a_run_and_its_copy_are_not_two_seeds(runs, run, data_folder, tmp_path, 
     refused("are the same run (seed 0), which would count twice", runs / "wf-seed0", run, *files)
 
 
-def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder, tmp_path):
+def test_seeds_are_averaged_in_fractions_and_shown_in_percent(runs, data_folder, tabulate):
     names = ["wf-seed0", "baseline", "wf-seed1"]
-    results, text = tabulate(tmp_path / "out", data_folder, *(runs / name for name in names))
+    results, text = tabulate(data_folder, *(runs / name for name in names))
     seeds, baseline = results["systems"]
     assert (seeds["name"], baseline["name"]) == ("wf", "baseline")
     rows = columns(text)
@@ -385,10 +384,10 @@ PAPER = """BERT, Translate-Train, cased         81.9 76.6 77.8 75.9 70.7 61.6
            MC-BERT-WF, Zero-Shot, uncased       82.1 66.6 74.4 71.8 64.3 59.0"""
 
 
-def test_the_paper_stands_beside_xnli(run, data, tmp_path):
+def test_the_paper_stands_beside_xnli(run, data, tabulate):
     source = {"archive": "XNLI-1.0.zip", "member": "XNLI-1.0/xnli.test.tsv"}
     (data / "sources.json").write_text(json.dumps({"test.en.tsv": source}))
-    results, text = tabulate(tmp_path / "out", data, run)
+    results, text = tabulate(data, run)
     rows = columns(text)
     assert len(results["paper"]) == 4
     for line in PAPER.splitlines():
@@ -401,34 +400,33 @@ def test_the_paper_stands_beside_xnli(run, data, tmp_path):
     assert list(rows)[-1] == "run" and published == ["85.8", "76.7", "78.7", "80.4"]
 
 
-@pytest.mark.parametrize("source", [None, {"archive": "amazon-massive-dataset-1.0.tar.gz"}])
-def test_the_paper_does_not_stand_beside_other_data(source, run, data, tmp_path):
-    if source:
-        (data / "sources.json").write_text(json.dumps({"test.en.tsv": source}))
-    results, text = tabulate(tmp_path / "out", data, run)
+def test_the_paper_does_not_stand_beside_other_data(run, data, tabulate):
+    source = {"archive": "amazon-massive-dataset-1.0.tar.gz"}
+    (data / "sources.json").write_text(json.dumps({"test.en.tsv": source}))
+    results, text = tabulate(data, run)
     assert "paper" not in results and list(columns(text)) == ["system", "run"]
 
 
 @pytest.mark.parametrize("hits, warned", [(51, True), (52, False)])
-def test_a_run_near_chance_is_called_out(hits, warned, run, data, tmp_path):
+def test_a_run_near_chance_is_called_out(hits, warned, run, data, tabulate):
     """100 rows, the largest class has 50; `hits` are right in German, all are in the others."""
     truth = np.repeat([0, 1, 3], [50, 30, 20])
     for language in LANGUAGES:
         write_test(data, language, [("my", label) for label in truth])
-    tabulate(tmp_path / "one", data, run)
+    tabulate(data, run)
     for language, count in (("en", 100), ("zh", 100), ("de", hits)):
         wrong = np.arange(100) >= count
         keep(kept(run, language), np.eye(4)[(truth + wrong) % 4])
-    results, text = tabulate(tmp_path / "two", data, run)
+    results, text = tabulate(data, run)
     assert results["systems"][0]["mean"] == {"en": 1.0, "zh": 1.0, "de": hits / 100}
     assert ("within 2 points of chance" in text) == warned == len(results["warnings"])
     assert ("below in de 51.0 (50.0)" in text) == warned
 
 
-def test_a_run_that_is_not_finished_is_called_out(run, data, tmp_path):
+def test_a_run_that_is_not_finished_is_called_out(run, data, tabulate):
     description = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**description, "complete": False}))
-    results, text = tabulate(tmp_path / "out", data, run)
+    results, text = tabulate(data, run)
     sentence = f"{run} is not finished: its last epoch so far is 3"
     assert f"warning: {sentence}" in text and sentence in results["warnings"]
 
@@ -490,8 +488,10 @@ def softmax(logits):
     return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
-def label(script, run, source, target, *flags):
-    return script("evaluate", run, "--input", source, "--predictions", target, *flags)
+def own_text(folder, *lines):
+    """Flags of evaluate.py that label a file of these lines."""
+    write_lines(folder / "my.tsv", lines)
+    return "--input", folder / "my.tsv", "--predictions", folder / "out.tsv"
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -503,10 +503,11 @@ def test_predictions_for_ones_own_text(pairs, runs, pair_run, script, tmp_path):
     rows = toy_rows("en", 11, 9)
     texts, truth = [[text, *second] for text, _ in rows], [label for _, label in rows]
     lines = ["\t".join([*cells, LABELS[label]]) for cells, label in zip(texts, truth)]
-    write_lines(tmp_path / "my.tsv", [header, *lines])
-    target = tmp_path / "new" / "out.tsv"
-    status, text, _ = label(script, run, tmp_path / "my.tsv", target, "--batch-size", 3)
-    first, *answers = [line.rsplit("\t", 5) for line in target.read_text().splitlines()]
+    status, text, _ = script(
+        "evaluate", run, *own_text(tmp_path, header, *lines), "--batch-size", 3
+    )
+    written = (tmp_path / "out.tsv").read_text().splitlines()
+    first, *answers = [line.rsplit("\t", 5) for line in written]
     assert first == [header, "prediction", *(f"p_{name}" for name in LABELS)]
     assert [cells[0] for cells in answers] == lines
     expected = softmax(logits_by_hand(run / "epochs" / epoch, texts))
@@ -537,8 +538,9 @@ def test_a_spreadsheet_in_and_json_lines_out(runs, script, refused, tmp_path):
     with open(tmp_path / "my.csv", "w", newline="", encoding="utf-8-sig") as file:
         rows = zip("1234", texts, ["refund", "", "", "agent"])
         csv.writer(file, delimiter=";").writerows([["id", "body", "label"], *rows])
-    model, out = runs / "wf-seed0/epochs/mean", tmp_path / "out.jsonl"
-    status, text, _ = label(script, model, tmp_path / "my.csv", out, "--text", "body")
+    model, out = runs / "wf-seed0/epochs/mean", tmp_path / "new/out.jsonl"
+    files = "--input", tmp_path / "my.csv", "--predictions", out
+    status, text, _ = script("evaluate", model, *files, "--text", "body")
     predicted = logits_by_hand(model, [[text] for text in texts]).argmax(1)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = [(row["id"], row["body"], row["prediction"]) for row in rows]
@@ -554,7 +556,8 @@ def test_a_spreadsheet_in_and_json_lines_out(runs, script, refused, tmp_path):
 def test_standard_input_and_output(runs, script, tmp_path, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"text\tid\nmy money\t7\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
-    status, text, error = label(script, runs / "baseline", "-", "-")
+    files = "--input", "-", "--predictions", "-"
+    status, text, error = script("evaluate", runs / "baseline", *files)
     header, row = text.splitlines()
     assert status == 0 and header.startswith("text\tid\tprediction\tp_refund")
     assert row.startswith("my money\t7\t") and "1 rows, by" in error
@@ -562,32 +565,18 @@ def test_standard_input_and_output(runs, script, tmp_path, monkeypatch):
 
 def test_pairs_and_single_texts_are_told_apart(runs, pair_run, data_folder, refused, tmp_path):
     """By --input and by --data, both ways."""
-    (tmp_path / "single.tsv").write_text("text\nmy money\n")
-    (tmp_path / "pair.tsv").write_text("text_a\ttext_b\nmy money\tmy parcel\n")
     single, pair, pairs = "single texts (text)", "pairs (text_a, text_b)", pair_run.parent / "data"
-    for run, kind, file, data, other in (
-        (runs / "wf-seed0", single, "pair.tsv", pairs, pair),
-        (pair_run, pair, "single.tsv", data_folder, single),
+    for run, kind, lines, data, other in (
+        (runs / "wf-seed0", single, ["text_a\ttext_b", "my money\tmy parcel"], pairs, pair),
+        (pair_run, pair, ["text", "my money"], data_folder, single),
     ):
         was = f"{run} was trained on {kind}"
-        refused(was, run, "--input", tmp_path / file, "--predictions", tmp_path / "out.tsv")
+        refused(was, run, *own_text(tmp_path, *lines))
         refused(f"{data} holds {other}, {was}", run, "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_token_that_the_encoder_does_not_know_is_refused(run, refused, tmp_path):
-    """Tokens were added to the tokenizer of a kept epoch, resize_token_embeddings() forgotten."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "epochs/3")
-    known = len(tokenizer)
-    tokenizer.add_tokens(["xx<user>xx"])
-    tokenizer.save_pretrained(run / "epochs/3")
-    (tmp_path / "my.tsv").write_text("text\nhello xx<user>xx\n")
-    message = f"the tokenizer gives token {known}, the encoder knows {known}"
-    refused(message, run, "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv")
-
-
 def test_predictions_by_a_chosen_epoch(four_epochs, script, refused, tmp_path):
-    (tmp_path / "my.tsv").write_text("text\nmy money\n")
-    files = "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv", "--epoch"
+    files = *own_text(tmp_path, "text", "my money"), "--epoch"
     for protocol, epoch in (("en", 2), ("mean", "mean")):
         status, text, _ = script("evaluate", four_epochs, *files, protocol)
         assert status == 0 and f"by {four_epochs}/epochs/{epoch}" in text
@@ -596,8 +585,7 @@ def test_predictions_by_a_chosen_epoch(four_epochs, script, refused, tmp_path):
 
 
 def test_a_label_that_the_model_does_not_know(runs, refused, tmp_path):
-    (tmp_path / "my.tsv").write_text("text\tlabel\nmy money\trefund\nmy parcel\tdelivry\n")
-    files = "--input", tmp_path / "my.tsv", "--predictions", tmp_path / "out.tsv"
+    files = own_text(tmp_path, "text\tlabel", "my money\trefund", "my parcel\tdelivry")
     message = "my.tsv, line 3: unknown label 'delivry', expected one of"
     refused(message, runs / "baseline", *files)
 
@@ -605,10 +593,10 @@ def test_a_label_that_the_model_does_not_know(runs, refused, tmp_path):
 # --- differences, protocols, Translate-Train ------------------------------------------------------
 
 
-def test_differences_are_those_of_the_kept_logits(runs, data_folder, tmp_path):
+def test_differences_are_those_of_the_kept_logits(runs, data_folder, tabulate):
     """One seed against two: of the rows alone, every row its own group, marked, without a star."""
     names = ["baseline", "wf-seed0", "wf-seed1"]
-    results, text = tabulate(tmp_path / "out", data_folder, *(runs / name for name in names))
+    results, text = tabulate(data_folder, *(runs / name for name in names))
     baseline, wf = results["systems"]
     assert results["baseline"] == "baseline" and "difference" not in baseline
     for language in LANGUAGES:
@@ -645,46 +633,46 @@ def test_a_star_needs_holms_p_and_two_seeds():
     }
 
 
-def test_rows_of_a_group_are_drawn_together(runs, run, data, tmp_path):
+def test_rows_of_a_group_are_drawn_together(runs, run, data, tmp_path, tabulate):
     """All rows are one group, so that each resample holds all rows."""
     for path in data.glob("test.*.tsv"):
         header, *lines = path.read_text().splitlines()
         write_lines(path, [f"{header}\tgroup", *(f"{line}\tframe" for line in lines)])
     baseline = copied(runs / "baseline", tmp_path / "baseline")
-    results, _ = tabulate(tmp_path / "out", data, baseline, run)
+    results, _ = tabulate(data, baseline, run)
     for entry in results["systems"][1]["difference"].values():
         assert entry["low"] == pytest.approx(entry["difference"]) == entry["high"]
 
 
-def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, refused):
+def test_an_unknown_baseline_names_the_systems(runs, data_folder, tmp_path, refused, tabulate):
     folders = runs / "baseline", runs / "wf-seed0"
     flags = *folders, "--data", data_folder, "--out", tmp_path / "out", "--baseline"
     refused("--baseline x: the systems are baseline wf-seed0", *flags, "x")
-    results, _ = tabulate(tmp_path / "out", data_folder, *folders, "--baseline", "wf-seed0")
+    results, _ = tabulate(data_folder, *folders, "--baseline", "wf-seed0")
     assert "difference" in results["systems"][0] and "difference" not in results["systems"][1]
 
 
-def test_languages_that_are_no_translations_have_no_mean(run, runs, data, tmp_path):
+def test_languages_that_are_no_translations_have_no_mean(run, runs, data, tmp_path, tabulate):
     """German has other rows, and fewer; where it is gone, one language is no mean either."""
     write_test(data, "de", toy_rows("de", 11, 5))
     baseline = copied(runs / "baseline", tmp_path / "baseline")
-    results, text = tabulate(tmp_path / "out", data, baseline, run)
+    results, text = tabulate(data, baseline, run)
     assert list(results["systems"][1]["difference"]) == LANGUAGES
     assert "rows: en 17, zh 17, de 11." in text and "others" not in text
     assert "rows are no translations: no mean over them" in text and not results["parallel"]
     (data / "test.de.tsv").unlink()
-    results, text = tabulate(tmp_path / "out", data, baseline, run)
+    results, text = tabulate(data, baseline, run)
     assert list(results["systems"][1]["difference"]) == ["en", "zh"]
     assert "no translations" not in text
 
 
-def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, tmp_path):
+def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, tabulate):
     names = ["joint", "mean", "en", "oracle"]
-    results, text = tabulate(tmp_path / "out", data_folder, runs / "wf-seed0", "--epoch", *names)
+    results, text = tabulate(data_folder, runs / "wf-seed0", "--epoch", *names)
     (system,) = results["systems"]
     assert list(system["protocols"]) == names and list(system["protocol_differences"]) == names[1:]
     for name in names:
-        alone, _ = tabulate(tmp_path / name, data_folder, runs / "wf-seed0", "--epoch", name)
+        alone, _ = tabulate(data_folder, runs / "wf-seed0", "--epoch", name)
         mean = alone["systems"][0]["mean"]
         assert mean == system["protocols"][name]
         for language in LANGUAGES if name != "joint" else ():
@@ -696,10 +684,10 @@ def test_the_protocols_that_are_asked_for_stand_side_by_side(runs, data_folder, 
 # --- the source language --------------------------------------------------------------------------
 
 
-def test_two_sources_are_two_systems(sources, tmp_path):
+def test_two_sources_are_two_systems(sources, tabulate):
     folders = sources / "from-de", sources / "from-zh"
     flags = ["--epoch", "last", "mean", "en"]
-    results, text = tabulate(tmp_path / "out", sources / "data", *folders, *flags)
+    results, text = tabulate(sources / "data", *folders, *flags)
     names = [(system["name"], system["train_language"]) for system in results["systems"]]
     assert names == [("from-de", "de"), ("from-zh", "zh")]
     assert list(columns(text)) == ["system", "from-de (from de)", "from-zh (from zh)"]
@@ -712,17 +700,17 @@ def test_two_sources_are_two_systems(sources, tmp_path):
         difference = system["protocol_differences"]["mean"]["others"]["difference"]
         assert difference == pytest.approx(expected)
         assert f"{100 * mean[source]:.1f} / {50 * sum(mean[l] for l in others):.1f}" in text
-    alone, text = tabulate(tmp_path / "one", sources / "data", folders[0], "--epoch", "en")
+    alone, text = tabulate(sources / "data", folders[0], "--epoch", "en")
     assert list(alone["systems"][0]["mean"]) == LANGUAGES and "trained on de" in text
     assert "epoch: en (best on the source language's own dev set (de), true zero-shot)" in text
 
 
 def test_translate_train_is_one_row_of_models_each_in_its_own_language(
-    runs, sources, tmp_path, refused
+    runs, sources, tmp_path, refused, tabulate
 ):
     data, baseline = sources / "data", runs / "baseline"
     models = ["--translate-train", sources / "from-de", sources / "from-zh"]
-    results, text = tabulate(tmp_path / "out", data, baseline, *models)
+    results, text = tabulate(data, baseline, *models)
     first, system = results["systems"]
     assert system["name"] == "Translate-Train" and system["train_language"] is None
     assert [list(entry["accuracy"]) for entry in system["runs"]] == [["de"], ["zh"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, make_data, make_model, table
+from conftest import LABELS, make_data, make_model, refused, table
 from transformers import AutoModel, AutoTokenizer
 
 import extract
@@ -58,15 +58,6 @@ def exact(model_folder, data, tmp_path_factory):
     more = (*FP32, "--dtype", "float32")
     assert extract.main(list(map(str, flags(model_folder, data, out, *more)))) == 0
     return out
-
-
-def refused(result, *phrases):
-    """A run exited with status 2, and all `phrases` are in the one line that it printed."""
-    code, _, err = result
-    message = err.strip().splitlines()[-1]
-    assert code == 2 and message.startswith("extract.py: error: "), result
-    for phrase in phrases:
-        assert phrase in message, message
 
 
 def finals(out):

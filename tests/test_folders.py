@@ -145,25 +145,16 @@ def test_the_same_job_goes_on_and_ends(tmp_path):
     assert start(tmp_path) is True and (tmp_path / "part.npy").read_bytes() == b"1"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"sha256": {"dev.en": "ab", "dev.de": "ef"}}, "sha256.dev.de was 'cd', is now 'ef'"),
-        ({"seed": 1}, "seed was None, is now 1"),
-        (
-            {"model": "big", "layers": []},
-            "model was 'tiny', is now 'big'; layers was [6, 8], is now []",
-        ),
-    ],
-)
-def test_another_job_is_refused_with_what_differs(tmp_path, change, message):
+def test_another_job_is_refused_with_what_differs(tmp_path):
     start(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
+    sums = {"dev.en": "ab", "dev.de": "ef"}
     with pytest.raises(UserError) as error:
-        start(tmp_path, {**JOB, **change})
+        start(tmp_path, {"model": "big", "layers": [], "sha256": sums, "seed": 1})
     assert str(error.value) == (
-        f"{tmp_path} was made with other settings: {message}. Give another --out, or "
-        "--overwrite to delete it and start anew"
+        f"{tmp_path} was made with other settings: model was 'tiny', is now 'big'; layers was "
+        "[6, 8], is now []; sha256.dev.de was 'cd', is now 'ef'; seed was None, is now 1. Give "
+        "another --out, or --overwrite to delete it and start anew"
     )
     assert (tmp_path / "run.json").read_bytes() == before
 

@@ -57,15 +57,11 @@ THREE = {"en": [0.3, 0.9, 0.6], "de": [0.7, 0.2, 0.5], "zh": [0.4, 0.5, 0.7]}
 
 
 @pytest.mark.parametrize(
-    "source, expected",
-    [
-        ("en", {"en": 2, "de": 1, "zh": 3, "joint": 3}),  # joint by hand: .55 .35 .6
-        ("de", {"en": 2, "de": 1, "zh": 3, "joint": 2}),  # .35 .7 .65: all but the source
-    ],
+    "source, joint",  # by hand: .55 .35 .6; .35 .7 .65: all but the source
+    [("en", 3), ("de", 2)],
 )
-def test_the_best_epoch_by_each_protocol(source, expected):
-    rows = rows_of(THREE)
-    assert scores.best_epochs(rows, source) == expected
+def test_the_best_epoch_by_each_protocol(source, joint):
+    rows, expected = rows_of(THREE), {"en": 2, "de": 1, "zh": 3, "joint": joint}
     # no model is saved in the midst of an epoch
     half = {"epoch": 2.5, "split": "dev", "language": "en", "accuracy": 1.0}
     train = {"epoch": 3, "split": "train", "language": "", "accuracy": 1.0}
@@ -89,18 +85,19 @@ def test_means_by_step():
 
 
 @pytest.mark.parametrize(
-    "protocol, expected",
+    "protocol, en, de",
     [
-        ("last", {"en": 3, "de": 3}),
-        ("mean", {"en": "mean", "de": "mean"}),
-        ("1", {"en": 1, "de": 1}),
-        ("en", {"en": 2, "de": 2}),
-        ("joint", {"en": 3, "de": 3}),
-        ("oracle", {"en": 2, "de": 1}),
+        ("last", 3, 3),
+        ("mean", "mean", "mean"),
+        ("1", 1, 1),
+        ("en", 2, 2),
+        ("joint", 3, 3),
+        ("oracle", 2, 1),
     ],
 )
-def test_the_epoch_that_a_protocol_reports(protocol, expected):
-    assert scores.choose_epochs(rows_of(THREE), protocol, ["en", "de"], "en", "runs/x") == expected
+def test_the_epoch_that_a_protocol_reports(protocol, en, de):
+    chosen = scores.choose_epochs(rows_of(THREE), protocol, ["en", "de"], "en", "runs/x")
+    assert chosen == {"en": en, "de": de}
 
 
 # --- which combination ----------------------------------------------------------------------------
@@ -110,22 +107,23 @@ KEYS = [(pooling, layers, lr) for pooling, lr, layers in product(POOLINGS, RATES
 
 
 @pytest.mark.parametrize(
-    "winners, first",
+    "winners",
     [
-        ([("max", (5, 7), 0.01), ("max", (5, 6), 0.01)], ("max", (5, 6), 0.01)),
-        ([("max", (5, 7), 0.01), ("max", (7,), 0.1)], ("max", (7,), 0.1)),
-        ([("cls", (6,), 0.1), ("max", (7,), 0.01)], ("cls", (6,), 0.1)),
-        ([("cls", (6,), 0.01), ("max", (6,), 0.5), ("max", (6,), 0.1)], ("max", (6,), 0.1)),
-        ([("cls", (5, 7), 0.5)], ("cls", (5, 7), 0.5)),
-        ([], ("max", (5,), 0.01)),
+        # the first of these is to win
+        [("max", (5, 6), 0.01), ("max", (5, 7), 0.01)],
+        [("max", (7,), 0.1), ("max", (5, 7), 0.01)],
+        [("cls", (6,), 0.1), ("max", (7,), 0.01)],
+        [("max", (6,), 0.1), ("cls", (6,), 0.01), ("max", (6,), 0.5)],
+        [("cls", (5, 7), 0.5)],
+        KEYS,
     ],
 )
 def test_ties_go_to_fewer_layers_then_lower_ones_then_the_first_pooling_then_the_smaller_rate(
-    winners, first
+    winners,
 ):
     values = [0.7 + 1e-12 * g if key in winners else 0.3 for g, key in enumerate(KEYS)]
     order = [KEYS[g] for g in scores.rank(KEYS, values)]  # the last bits are a tie
-    assert order[0] == first
+    assert order[0] == winners[0]
     assert sorted(key[:2] for key in order) == sorted(product(POOLINGS, COMBINATIONS))
 
 
@@ -148,14 +146,13 @@ def test_each_protocol_chooses_by_its_own_columns():
 
 def test_a_tie_between_rates_is_one_for_readers_too():
     languages = ("dev_en", "dev_de", "dev_fr", "dev_zh")
-    tie = dict(zip(languages, np.array([[50], [100 / 3], [100 / 3], [100 / 3]])))
+    third = 100 / 3  # three of which have another mean than 100, 0 and 0, in the last bit
+    tie = dict(zip(languages, np.array([[50], [third], [third], [third]])))
     other = dict(zip(languages, np.array([[40.0], [100], [0], [0]])))
     grid = {("max", (8,), 0.1): other, ("max", (8,), 0.01): tie}
-    best = {"train_language": "en", "select": "joint"}
-    assert at_best_rate(grid, best) == {("max", (8,)): (0.01, tie)}
-    assert at_best_rate(grid, {"train_language": "de", "select": "en"}) == {
-        ("max", (8,)): (0.1, other)
-    }
+    for source, select, best in (("en", "joint", (0.01, tie)), ("de", "en", (0.1, other))):
+        about = {"train_language": source, "select": select}
+        assert at_best_rate(grid, about) == {("max", (8,)): best}
     entry = {f"{split}_{l}": np.array([i, 2 * i]) for i, (split, l) in enumerate(SIX)}
     np.testing.assert_allclose(scores.mean_of_others(entry, "test", "es"), [4.5, 9])
     np.testing.assert_allclose(scores.mean_of_others(entry, "dev", "de"), [0.5, 1])

@@ -6,37 +6,33 @@ hang, nothing written elsewhere.
 
 import contextlib
 import io
-import json
 import os
 import shutil
-import zipfile
 
 import pytest
 from conftest import make_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import write_massive
+from test_data import write_massive, write_xnli
 
 import data
 import evaluate
 import train
+from lib import archives
 from lib.messages import UserError
 
-TIMES = 20 if os.environ.get("PROVE") else 1
-CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 PIECES = [b"", b"\0", b"\t", b"\n", b"\r\n", b"\r", b"\xff", b'"', b",", b"\xef\xbb\xbf", b" " * 9]
 PIECES += [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b"{", b"[[[[", b"../../x", b"x" * 300]
 PIECES += ["😀\u202e".encode(), "\u2028".encode()]
 
 
-def cases(count):
-    return settings(
-        max_examples=count * TIMES,
-        deadline=None,
-        suppress_health_check=CHECKS,
-        derandomize=True,
-        database=None,
-    )
+cases = settings(
+    max_examples=2000 if os.environ.get("PROVE") else 100,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
+)
 
 
 @st.composite
@@ -83,21 +79,12 @@ def world(model_folder, tmp_path_factory):
     flags = f"--model {model_folder} --data {folder}/data --max-length 32 --precision fp32"
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(f"{flags} --out {folder}/run --layers 1 2 --epochs 1".split())
-    (folder / "archives").mkdir()
-    with zipfile.ZipFile(folder / "archives/XNLI-MT-1.0.zip", "w") as file:
-        rows = "premise\thypo\tlabel\n" + "A man\tA b\tneutral\n" * 3
-        file.writestr("XNLI-MT-1.0/multinli/multinli.train.en.tsv", rows)
-    rows = "language\tgold_label\tsentence1\tsentence2\tpairID\n"
-    for i in range(6):
-        rows += f"{'en' if i % 2 else 'de'}\tneutral\tp{i // 2}\th{i // 2}\t{i // 2}\n"
-    with zipfile.ZipFile(folder / "archives/XNLI-1.0.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for split in ("dev", "test"):
-            file.writestr(f"XNLI-1.0/xnli.{split}.tsv", rows)
+    write_xnli(folder / "archives")
     write_massive(folder / "archives")
     return folder
 
 
-@cases(100)
+@cases
 @given(draw=st.data())
 def test_data_sets(draw, world, model_folder):
     names = ["labels.txt", "train.en.tsv", "dev.de.tsv", "test.en.tsv"]
@@ -111,7 +98,7 @@ def convert(world, name, out):
     return data.main, kind, *flags
 
 
-@cases(100)
+@cases
 @given(draw=st.data())
 def test_archives(draw, world, tmp_path):
     names = sorted(path.name for path in (world / "archives").iterdir())
@@ -121,36 +108,17 @@ def test_archives(draw, world, tmp_path):
         answers(*convert(world, name, tmp_path))
 
 
-@cases(50)
+@cases
 @given(draw=st.data())
-def test_a_users_own_text(draw, world):
-    suffix = draw.draw(st.sampled_from(["tsv", "csv", "jsonl"]))
-    rows, path = [("my money", "refund"), ("😀 \u202e x", "agent"), (" ", "cancel")], world / "mine"
-    lines = ["text,label\n"] + [f'"{text}",{label}\n' for text, label in rows]
-    if suffix == "tsv":
-        lines = ["text\tlabel\n"] + [f"{text}\t{label}\n" for text, label in rows]
-    if suffix == "jsonl":
-        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
-    path = world / f"mine.{suffix}"
-    path.write_bytes("".join(lines).encode())
-    with swapped(path, draw):
-        files = "--input", path, "--predictions", world / f"out.{suffix}"
-        answers(evaluate.main, world / "run", *files)
-
-
-@cases(50)
-@given(draw=st.data())
-def test_spreadsheets_that_become_a_data_set(draw, world, tmp_path):
-    path = tmp_path / "mine.csv"
-    path.write_text("text,label\n" + '"my ""money""",refund\nx,agent\n' * 3)
+def test_a_users_own_text(draw, world, tmp_path):
+    """As text to label, and as the source of a data set."""
+    form = draw.draw(st.sampled_from(["tsv", "csv", "jsonl"]))
+    path = tmp_path / f"mine.{form}"
+    texts = ['my "money"', "😀 \u202e x", " "]
+    archives.write_columns(path, {"text": texts, "label": ["refund", "agent", "cancel"]})
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
     with swapped(path, draw):
+        files = "--input", path, "--predictions", tmp_path / f"out.{form}"
+        answers(evaluate.main, world / "run", *files)
         flags = "--out", tmp_path / "data", "--train", f"en={path}", "--dev", f"en={path}"
         answers(data.main, "own", *flags, "--text", "text", "--label", "label")
-
-
-def test_the_archives_are_good_as_they_are(world, tmp_path):
-    for kind in ("xnli", "massive"):
-        main, *arguments = convert(world, kind, tmp_path / kind)
-        main([str(argument) for argument in arguments])
-        assert (tmp_path / kind / "data/test.de.tsv").exists()
