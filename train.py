@@ -330,8 +330,14 @@ def save_state(out, model, optimizer, scaler, progress):
         "scaler": scaler.state_dict(),
         **progress,
     }
-    with write_atomic(out / "resume" / "state.pt", "wb") as file:
-        torch.save(state, file)
+    path = out / "resume" / "state.pt"
+    with write_atomic(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch, where the disk is full at the end of its file
+            if "unexpected pos" not in str(error):
+                raise
+            raise UserError(f"{path} cannot be written whole: is the disk full?") from None
 
 
 def load_state(out, model, optimizer, scaler):

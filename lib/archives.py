@@ -1,6 +1,7 @@
 """Tables: a user's .csv, .jsonl and .tsv, and XNLI's and MASSIVE's published archives, as rows."""
 
 import csv
+import errno
 import gzip
 import http.client
 import io
@@ -31,6 +32,9 @@ XNLI_MT_URL = "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip"
 XNLI_LABELS = ["entailment", "neutral", "contradiction"]
 MASSIVE_HOST = "https://amazon-massive-nlu-dataset.s3.amazonaws.com"
 MASSIVE_URL = f"{MASSIVE_HOST}/amazon-massive-dataset-1.0.tar.gz"
+
+# gzip's own errors have none; zipfile seeks before the start of a file that lacks its beginning
+DAMAGED_ERRNOS = (None, errno.EINVAL)
 
 
 class Table(NamedTuple):
@@ -267,7 +271,9 @@ def read_archive(path, wanted):
             for key in keys:
                 missing.pop(key, None)
                 yield key, name, columns
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DAMAGED_ERRNOS:
+            raise
         raise UserError(
             f"{path} is damaged or cut short ({first_line(error)}): delete it and fetch it again"
         ) from None
