@@ -278,13 +278,25 @@ def compare(a, b, groups, source):
     return seeds, *intervals(both, groups)
 
 
+def claim_p(comparison, outcomes, groups, source):
+    """The p-value of a claim: that of A - B, or, where A is to gain nothing, of A - B - MARGIN."""
+    a = outcomes[comparison.a]
+    if comparison.way == "no gain":
+        a = {seed: outcome._replace(right=outcome.right - MARGIN) for seed, outcome in a.items()}
+    return compare(a, outcomes[comparison.b], groups, source)[2].p
+
+
 def judge(comparisons, outcomes, groups, source):
     """What claims.json says of a family of Comparisons: Holm's correction is over all of them.
 
     outcomes: {system: {seed: Outcome}}. One seed has an interval of the rows and no verdict.
     """
     compared = [compare(outcomes[c.a], outcomes[c.b], groups, source) for c in comparisons]
-    corrected = iter(holm([others.p for seeds, _, others in compared if len(seeds) > 1]))
+    p_values = []
+    for comparison, (seeds, _, _) in zip(comparisons, compared):
+        if len(seeds) > 1:
+            p_values.append(claim_p(comparison, outcomes, groups, source))
+    corrected = iter(holm(p_values))
     rows = []
     for comparison, (seeds, in_source, others) in zip(comparisons, compared):
         row = comparison._asdict() | {"seeds": seeds, "verdict": "no seed"}

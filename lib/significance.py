@@ -90,19 +90,16 @@ def holm(p_values):
 def verdict(interval, p, way):
     """What an Interval of A - B says of a claim: supported, not supported or undecided.
 
-    p: the interval's, after Holm's correction over the claims. way "better": A is better than B.
-    "no gain": A is not better than B by MARGIN, which the interval's upper end alone decides.
+    way "better": A is better than B. "no gain": A is not better than B by MARGIN. p: the claim's
+    after Holm's correction over the claims, of A - B or, for "no gain", of A - B - MARGIN.
     """
-    above = interval.low > 0 and p < LEVEL
-    below = interval.high < 0 and p < LEVEL
-    if way == "no gain":
-        supported, refuted = interval.high < MARGIN, above
-    else:
-        supported, refuted = above, below
-    if interval.seeds > 1 and supported:
-        return "supported"
-    if interval.seeds > 1 and refuted:
-        return "not supported"
+    claims_more = way == "better"
+    bound = 0 if claims_more else MARGIN
+    if interval.seeds > 1 and p < LEVEL:
+        if interval.low > bound:
+            return "supported" if claims_more else "not supported"
+        if interval.high < bound:
+            return "not supported" if claims_more else "supported"
     return "undecided"
 
 
