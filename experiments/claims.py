@@ -278,12 +278,10 @@ def compare(a, b, groups, source):
     return seeds, *intervals(both, groups)
 
 
-def claim_p(comparison, outcomes, groups, source):
-    """The p-value of a claim: that of A - B, or, where A is to gain nothing, of A - B - MARGIN."""
-    a = outcomes[comparison.a]
-    if comparison.way == "no gain":
-        a = {seed: outcome._replace(right=outcome.right - MARGIN) for seed, outcome in a.items()}
-    return compare(a, outcomes[comparison.b], groups, source)[2].p
+def no_gain_p(a, b, groups, source):
+    """The p-value of A - B - MARGIN: of the claim that A gains nothing over B."""
+    less = {seed: outcome._replace(right=outcome.right - MARGIN) for seed, outcome in a.items()}
+    return compare(less, b, groups, source)[2].p
 
 
 def judge(comparisons, outcomes, groups, source):
@@ -293,9 +291,11 @@ def judge(comparisons, outcomes, groups, source):
     """
     compared = [compare(outcomes[c.a], outcomes[c.b], groups, source) for c in comparisons]
     p_values = []
-    for comparison, (seeds, _, _) in zip(comparisons, compared):
-        if len(seeds) > 1:
-            p_values.append(claim_p(comparison, outcomes, groups, source))
+    for c, (seeds, _, others) in zip(comparisons, compared):
+        if len(seeds) > 1 and c.way == "no gain":
+            p_values.append(no_gain_p(outcomes[c.a], outcomes[c.b], groups, source))
+        elif len(seeds) > 1:
+            p_values.append(others.p)
     corrected = iter(holm(p_values))
     rows = []
     for comparison, (seeds, in_source, others) in zip(comparisons, compared):
