@@ -13,6 +13,7 @@ Writes  OUT/runs/NAME-seedS/ (run folders of train.py: a stopped call goes on, a
 Paper   section 1.9.
 """
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -495,6 +496,14 @@ The random layers, and how many of them lie above the middle:
     return text
 
 
+def share(text):
+    """An argparse type: "2/15" -> (2, 15)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected 1/N to N/N, got {text}")
+    return int(number), int(count)
+
+
 def parse_args(argv):
     parser = make_parser(
         __doc__,
@@ -533,12 +542,11 @@ def parse_args(argv):
     )
     add("--seeds", type=positive, default=3, help="runs of each system (default: 3)")
     add(
-        "--first-seed",
-        type=in_range(int, 0),
-        default=0,
-        metavar="S",
-        help="seeds S, S + 1, ...: several calls can share the work, and a last one over all seeds "
-        "trains nothing (default: 0)",
+        "--share",
+        type=share,
+        metavar="I/N",
+        help="only train and measure every Nth run, from the Ith: N calls, I from 1 to N, share the "
+        "work, and one without --share then writes the tables",
     )
     add(
         "--epochs",
@@ -560,8 +568,7 @@ def parse_args(argv):
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
         parser.error(
-            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many, "
-            "--first-seed which"
+            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many"
         )
     number = args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
     if args.freeze_epoch != "auto" and not number:
@@ -614,25 +621,29 @@ def main(argv=None):
     check_layers(args.freeze_layers, top, "--freeze-layers")
     freezing = args.freeze_layers, args.freeze_epoch
     recipe = Recipe(top, args.layers, args.pooling, *freezing, args.hidden, args.epochs)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    seeds = range(args.seeds)
     added = {seed: choose_controls(recipe, seed, args.controls) for seed in seeds}
 
     # train what is not there yet, and measure it
     runs = []
     always = ["--model", args.model, "--data", args.data, "--train-language", source]
     always += ["--epochs", args.epochs, "--batch-size", args.batch_size, *more]
-    for seed in seeds:
-        for system, name, flags in plan(recipe, added[seed]):
-            print(f"\n== {name}, seed {seed} ==")
-            folder = out / "runs" / f"{name}-seed{seed}"
-            command = [*always, "--out", folder, "--seed", seed, *flags]
-            status = train.main([str(part) for part in command])
-            if status:  # stopped by a signal
-                return status
-            runs.append(read_outcomes(folder, system, name, split, train_rows, args.batch_size))
-            if args.drop_models:
-                shutil.rmtree(folder / "epochs", ignore_errors=True)
-                shutil.rmtree(folder / "resume", ignore_errors=True)
+    planned = [(seed, *run) for seed in seeds for run in plan(recipe, added[seed])]
+    first, step = args.share or (1, 1)
+    for seed, system, name, flags in planned[first - 1 :: step]:
+        print(f"\n== {name}, seed {seed} ==")
+        folder = out / "runs" / f"{name}-seed{seed}"
+        command = [*always, "--out", folder, "--seed", seed, *flags]
+        status = train.main([str(part) for part in command])
+        if status:  # stopped by a signal
+            return status
+        runs.append(read_outcomes(folder, system, name, split, train_rows, args.batch_size))
+        if args.drop_models:
+            shutil.rmtree(folder / "epochs", ignore_errors=True)
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+    if args.share:
+        print(f"\n{len(runs)} of {len(planned)} runs are there: share {first} of {step}")
+        return 0
 
     # compare
     place = list(split.rows).index(source)

@@ -127,13 +127,13 @@ if part translate; then
         --data "$OUT/data/xnli" --out "$OUT/results/translate"
 fi
 
-# The eight conclusions and the controls, on all 60 intents: 22 runs a seed, each seed a call of its own.
+# The eight conclusions and the controls, on all 60 intents: 22 runs a seed, shared among JOBS calls.
 if part claims; then
     grid=$([ ! -f "$OUT/grid-fair/best.json" ] || echo "--grid $OUT/grid-fair")
     claims="$PY -m experiments.claims --model $MODEL --data $OUT/data/massive60 --out $OUT/claims --controls"
-    claims+=" --drop-models $grid $CLAIMS"
-    for ((seed = 0; seed < CLAIMS_SEEDS; seed++)); do
-        echo "$claims --seeds 1 --first-seed $seed"
+    claims+=" --drop-models --seeds $CLAIMS_SEEDS $grid $CLAIMS"
+    for ((share = 1; share <= JOBS; share++)); do
+        echo "$claims --share $share/$JOBS"
     done | at_once
-    $claims --seeds "$CLAIMS_SEEDS"
+    $claims
 fi
