@@ -3,11 +3,12 @@
 #
 #     experiments/e5_small.sh                                                     # everything goes to e5/
 #     PARTS="search xnli" JOBS=2 ARCHIVES=../shared/data experiments/e5_small.sh  # two runs at a time, a thread each
-#     PARTS=xnli ROWS=52110 experiments/e5_small.sh                               # what a GPU can do
+#     PARTS="xnli claims" ROWS=52110 JOBS=15 experiments/e5_small.sh              # fifteen at a time on one GPU
 #
 # Stopped and started again with the same settings, it goes on where it was. With one thread, at 20 to 45 pairs a
-# second, 10,000 pairs for 5 epochs take 20 to 42 minutes, and xnli is 20 such runs. The tables: RESULTS.md beside
-# this file.
+# second, 10,000 pairs for 5 epochs take 20 to 42 minutes, and xnli is 20 such runs. On a GPU so small a model is bound
+# by launches: several runs at a time, best under NVIDIA's MPS (nvidia-cuda-mps-control -d). The tables: RESULTS.md
+# beside this file.
 #
 # The encoder is the hub's intfloat/multilingual-e5-small; where the hub cannot be reached, it is made from two
 # packages, whose weights of 4 bits are widened to float32 and nothing else (make_e5_small.py). By its authors' report

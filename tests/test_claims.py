@@ -45,31 +45,38 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
 ):
     model, out, data = make_model(tmp_path / "model", blocks=6), tmp_path / "out", tmp_path / "data"
     make_data(data, train=24, dev=3, test=7)
-    flags = "--seeds 1 --first-seed 1 --epochs 1 --freeze-epoch 0 --hidden 7 --lr 1e-2 "
+    flags = "--seeds 1 --epochs 1 --freeze-epoch 0 --hidden 7 --lr 1e-2 "
     flags += "--max-length 32 --layers 2 3 5 --freeze-layers 4 5 6 --max-train-rows 20 --controls"
     flags = (model, data, out, *flags.split())
     asked, fit = [], train.main
     monkeypatch.setattr(train, "main", lambda command: asked.append(command) or fit(command))
+
+    # calls that share the work train all of it, and write no table
+    for share in ("1/2", "2/2"):
+        assert run(script, *flags, "--share", share)[0] == 0
+    shared, asked[:] = list(asked), []
+    assert not (out / "claims.json").exists()
     status, _, error = run(script, *flags)
     assert status == 0, error
+    assert sorted(map(str, shared)) == sorted(map(str, asked))
 
     # every system and control is trained, with the flags that its name promises
     arguments = {}
     for path in (out / "runs").iterdir():
-        name = path.name.removesuffix("-seed1")
+        name = path.name.removesuffix("-seed0")
         arguments[name] = json.loads((path / "run.json").read_text())["arguments"]
     recipe = RECIPE._replace(freeze_epoch="0", epochs=1)
     assert {*arguments} == {*claims.systems(recipe), *PLAIN, *DRAWS}
     for name, layers in ("last-layer", [6]), ("middle-layer", [4]), ("upper-layers", range(2, 7)):
         assert arguments[name]["layers"] == [*layers]
     long = arguments["mc-bert-long"]
-    assert (long["seed"], long["epochs"], long["schedule"]) == (1, 2, "constant")
+    assert (long["seed"], long["epochs"], long["schedule"]) == (0, 2, "constant")
     assert arguments["mc-bert-mix"]["combine"] == "mix"
     assert arguments["mc-bert-deep"]["hidden"] == 7
 
     # what is reached and compared is what the logits say
     written, text = json.loads((out / "claims.json").read_text()), (out / "claims.md").read_text()
-    folder = out / "runs/mc-bert-long-seed1"
+    folder = out / "runs/mc-bert-long-seed0"
     half, last = (
         np.mean([accuracy(folder, epoch, data, language) for language in ("de", "zh")])
         for epoch in (1, 2)
@@ -83,7 +90,7 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
     assert reached["mc-bert-long@mean"]["source"] == pytest.approx(mean)
     conclusions, _, after = text.partition("## Accuracies")
     assert "8: a deeper" in conclusions and f"{100 * last:.1f}" in after
-    assert "- wf-epoch-auto: seed 1 never, not counted" in text
+    assert "- wf-epoch-auto: seed 0 never, not counted" in text
     for draw, name in zip(written["draws"], DRAWS, strict=True):
         assert draw["layers"] == (arguments[name]["freeze_layers"] or arguments[name]["layers"])
         assert draw["above_middle"] == len({*draw["layers"]} & {4, 5, 6})
@@ -102,7 +109,7 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
     assert named == ["mc-bert-mix", "wf-random", "wf-random"]
     for more, message in (
         (["mix"], f"--controls mix: they are {PLAIN[0]} wf-lowest wf-random"),
-        (["--max-rows", 3], "baseline-seed1 did not keep epoch 1, but none"),
+        (["--max-rows", 3], "baseline-seed0 did not keep epoch 1, but none"),
     ):
         refused(run(script, *flags, *more), message)
 
@@ -111,6 +118,7 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
     "flags, message",
     [
         ("--seed=3", "--seed: each system"),
+        ("--share 3/2", "expected 1/N to N/N, got 3/2"),
         ("--freeze-epoch 5", "--freeze-epoch 5: expected 0 to 4 (of --epochs), or auto"),
         ("--train-language fr", "train.fr.tsv does not exist"),
         ("--layers 6 8 11", "--layers 6: the model has layers 0 (embeddings) to 5"),
