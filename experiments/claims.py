@@ -545,8 +545,8 @@ def parse_args(argv):
         "--share",
         type=share,
         metavar="I/N",
-        help="only train and measure every Nth run, from the Ith: N calls, I from 1 to N, share the "
-        "work, and one without --share then writes the tables",
+        help="only train and measure every Nth run, from the Ith: N calls, I from 1 to N, share "
+        "the work, and one without --share then writes the tables",
     )
     add(
         "--epochs",
@@ -567,9 +567,7 @@ def parse_args(argv):
     add("--batch-size", type=positive, default=32, help="rows an optimizer step (default: 32)")
     args, more = parser.parse_known_args(argv)
     if any(flag.partition("=")[0] == "--seed" for flag in more):
-        parser.error(
-            "--seed: each system is trained with seeds 0, 1, ...; --seeds says how many"
-        )
+        parser.error("--seed: each system is trained with seeds 0, 1, ...; --seeds says how many")
     number = args.freeze_epoch.isdecimal() and int(args.freeze_epoch) < args.epochs
     if args.freeze_epoch != "auto" and not number:
         parser.error(
