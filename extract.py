@@ -11,8 +11,6 @@ Writes  OUT/SPLIT.LANG.POOLING.npy (layers, rows, hidden), OUT/SPLIT.LANG.labels
 Paper   section 1.1, phase one.
 """
 
-import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -64,7 +62,6 @@ class Settings(NamedTuple):
     max_length: int  # tokens
     batch_size: int
     dtype: str  # of the files
-    job: str  # a hash of the manifest: unfinished files are named by what they are of
 
 
 def pool_all(encoder, batch):
@@ -104,22 +101,17 @@ def make_array(path, shape, dtype):
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-def finished_mark(out, stem, job):
-    """The file that says that all of one split in one language is written."""
-    return out / f".{stem}.{job}.finished"
-
-
 def extract_file(encoder, encoded, out, stem, settings, bar):
     """Write the features of one split in one language; all processes fill the same files.
 
     They grow under hidden names, beside a list of the batches that are done: a process killed
-    anywhere loses a batch.
+    anywhere loses a batch. The labels are written last.
     """
     rank, world = start_processes()
     batches = sorted_batches(encoded.lengths, settings.batch_size)
     shape = (len(blocks(encoder)) + 1, len(encoded.labels), encoder.config.hidden_size)
-    growing = {p: out / f".{stem}.{p}.{settings.job}.part" for p in POOLINGS}
-    done_list = out / f".{stem}.{settings.job}.part"  # (batches,), 1 for each that is written
+    growing = {p: out / f".{stem}.{p}.part" for p in POOLINGS}
+    done_list = out / f".{stem}.part"  # (batches,), 1 for each that is written
     # 1. files of zeros
     if rank == 0 and not done_list.exists():
         for path in growing.values():
@@ -151,7 +143,6 @@ def extract_file(encoder, encoded, out, stem, settings, bar):
                 os.replace(path, out / f"{stem}.{pooling}.npy")
         with write_atomic(out / f"{stem}.labels.npy", "wb") as file:
             np.save(file, encoded.labels)
-        os.replace(done_list, finished_mark(out, stem, settings.job))
 
 
 def extract_files(encoder, tokenizer, sets, out, settings, dtype):
@@ -166,7 +157,7 @@ def extract_files(encoder, tokenizer, sets, out, settings, dtype):
         for (split, language), rows in sets.items():
             stem = f"{split}.{language}"
             bar.set_description(stem)
-            if broadcast(rank == 0 and finished_mark(out, stem, settings.job).exists()):
+            if broadcast(rank == 0 and (out / f"{stem}.labels.npy").exists()):
                 bar.update(len(rows.labels))
                 continue
             encoded = encode(tokenizer, rows, settings.max_length)
@@ -260,8 +251,7 @@ def main(argv=None):
     }
     pairs = sets[keys[0]].text_b is not None
     noted = {"model": args.model, "pairs": pairs, "versions": versions()}
-    job = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
-    settings = Settings(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype, job)
+    settings = Settings(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype)
     with lock(out, rank):
         complete = rank == 0 and start_folder(
             out, "manifest.json", "extract.py", manifest | noted, tuple(noted), args.overwrite
@@ -283,7 +273,7 @@ def main(argv=None):
             extract_files(encoder, tokenizer, sets, out, settings, dtype)
         if rank == 0:
             finish_folder(out, "manifest.json")
-            for path in [*out.glob(".*.finished"), *out.glob(".*.part")]:
+            for path in out.glob(".*.part"):
                 path.unlink()
             print(f"{out}: done")
         broadcast()  # all leave together, once the manifest says complete
