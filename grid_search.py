@@ -24,7 +24,6 @@ classes where there is no hidden layer.
 """
 
 import csv
-import json
 import math
 import time
 from itertools import product
@@ -319,32 +318,10 @@ def scaled(features, scale, precision):
 # --- the search -----------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """The scores of one pooling, rate and seed, in a file that says what it is a part of."""
-
-    path: Path
-    of: str
-
-    def read(self):
-        """The scores (F, 2, M) and the seconds they took; None where this search has none yet."""
-        if self.path.exists():
-            with np.load(self.path) as file:
-                if str(file.get("of")) == self.of:
-                    return file["scores"], float(file["seconds"])
-        return None
-
-    def write(self, scores, seconds):
-        with write_atomic(self.path, "wb") as file:
-            np.savez(file, of=self.of, scores=scores, seconds=seconds)
-
-
 def list_parts(plan, out):
-    """All parts of a search: {(pooling, lr, seed): Part}."""
-    description, parts = plan.description(), {}
-    for job in product(plan.poolings, plan.rates, range(plan.seeds)):
-        path = out / "parts" / "{}.{}.{}.npz".format(*job)
-        parts[job] = Part(path, json.dumps([description, job]))
-    return parts
+    """The file of the scores of each pooling, rate and seed: {(pooling, lr, seed): path}."""
+    jobs = product(plan.poolings, plan.rates, range(plan.seeds))
+    return {job: out / "parts" / "{}.{}.{}.npz".format(*job) for job in jobs}
 
 
 def train_group(plan, pooling, lr, seeds, progress):
@@ -360,9 +337,9 @@ def train_group(plan, pooling, lr, seeds, progress):
 
 
 def search(plan, parts):
-    """Train what is not kept yet of `parts`, {(pooling, lr, seed): Part}, as list_parts() gives."""
+    """Train what is not there yet of `parts`, as list_parts() gives, and write it."""
     rank, world = start_processes()
-    todo = [job for job, part in parts.items() if part.read() is None]
+    todo = [job for job, path in parts.items() if not path.exists()]
     broadcast()  # all have looked before one writes
     groups = {}  # this process's share
     for pooling, lr, seed in todo[rank::world]:
@@ -381,17 +358,22 @@ def search(plan, parts):
             seconds = (time.perf_counter() - start) / len(seeds)
             scores = np.array(scores)[..., 1:]  # (F, 2, S, M): model 0 has no layer
             for s, seed in enumerate(seeds):
-                parts[pooling, lr, seed].write(scores[:, :, s], seconds)
+                with write_atomic(parts[pooling, lr, seed], "wb") as file:
+                    np.savez(file, scores=scores[:, :, s], seconds=seconds)
     broadcast()  # all parts are there
 
 
 def join_parts(plan, parts):
     """Micro-F1 and macro-F1 of all parts, (2, G, S, F), and the seconds they took."""
-    scores, seconds = zip(*(part.read() for part in parts.values()))
+    scores, seconds = [], 0.0
+    for path in parts.values():
+        with np.load(path) as part:
+            scores.append(part["scores"])
+            seconds += float(part["seconds"])
     scores = np.array(scores)  # (P * R * S, F, 2, M)
     scores = scores.reshape(-1, plan.seeds, *scores.shape[1:])  # (P * R, S, F, 2, M)
     scores = scores.transpose(3, 0, 4, 1, 2)  # (2, P * R, M, S, F)
-    return scores.reshape(2, -1, plan.seeds, len(plan.files)), sum(seconds)
+    return scores.reshape(2, -1, plan.seeds, len(plan.files)), seconds
 
 
 # --- the chosen combination -----------------------------------------------------------------------
