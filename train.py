@@ -753,10 +753,9 @@ def main(argv=None):
         train_set = sets.pop(("train", args.train_language))
         place(model, device, args.compile)
         if rank == 0:
-            batches = train_batches(train_set.lengths, args.batch_size, args.seed, 0)
             lines = model_lines(model, count, pretrained_pooler, readers, args.freeze_layers)
             print(*lines, sep="\n")
-            print(data_line(model, batches, train_set.lengths))
+            print(data_line(model))
             print(precision_line(dtype, args.precision))
         with closing(Log(out)) as log:
             number = fit(args, model, tokenizer, readers, train_set, sets, stop, log)

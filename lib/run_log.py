@@ -147,12 +147,10 @@ def precision_line(dtype, asked):
     return f"{describe_device()}, {str(dtype).removeprefix('torch.')} products ({reason})"
 
 
-def data_line(model, batches, lengths):
-    """What is trained, and on how much: batches of one epoch, (N,) tokens of each row."""
+def data_line(model):
+    """What is trained."""
     kept, whole = len(model.encoder.kept_rows), len(model.encoder.whole_table)
-    padded = sum(len(rows) * -(-lengths[rows].max() // 8) * 8 for rows in batches)
     return (
         f"{kept:,} of {whole:,} word pieces are in the data; the others stay as they are\n"
-        f"{trainable(model):,} parameters to train, {len(batches):,} steps an epoch, "
-        f"{1 - lengths.sum() / padded:.1%} of the tokens are padding"
+        f"{trainable(model):,} parameters to train"
     )
