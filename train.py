@@ -65,7 +65,7 @@ from lib.folders import (
 )
 from lib.hub import revision
 from lib.messages import StopSignal, UserError, cli, in_range, make_parser, out_of_memory
-from lib.run_log import Evaluation, Log, data_line, metric_rows, precision_line, trainable
+from lib.run_log import Log, data_line, metric_rows, precision_line, trainable
 from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
 
@@ -238,8 +238,8 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             if evaluate_now:
                 scores = {("train", ""): (accuracy, mean_loss)}
                 scores |= evaluate(model, sets, pad_id, dtype, args.max_length)
-                when = Evaluation(step / per_epoch, step, rate, frozen, speed)
-                metrics += metric_rows(scores, when)
+                done = epoch + 1 if end_of_epoch else round(step / per_epoch, 4)
+                metrics += metric_rows(scores, done, step, rate, frozen, speed)
                 log.evaluation(metrics[-len(scores) :], metrics)
                 totals.zero_()
             if end_of_epoch and rank == 0:

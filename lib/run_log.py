@@ -3,7 +3,6 @@ TensorBoard, metrics.jsonl."""
 
 import json
 import time
-from typing import NamedTuple
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -12,16 +11,6 @@ from tqdm import tqdm
 from lib.devices import describe_device, start_processes
 from lib.folders import write_atomic
 from lib.messages import progress_bar
-
-
-class Evaluation(NamedTuple):
-    """When an evaluation took place, and in which state of the training."""
-
-    epoch: float  # epochs done
-    step: int
-    rate: float
-    frozen: list  # layers
-    speed: float  # examples a second
 
 
 class Log:
@@ -89,8 +78,7 @@ class Log:
         """An evaluation's rows, in all places; `metrics` are all rows so far, these too."""
         if not self.shows:
             return
-        step, frozen = rows[0]["step"], rows[0]["frozen_layers"]
-        shown = {}
+        step, shown = rows[0]["step"], {}
         for row in rows:
             name = f"{row['split']}/{row['language']}"
             if row["split"] != "train":  # which train() has shown
@@ -98,8 +86,7 @@ class Log:
                 self.scalars(step, values)
             accuracy = f"{row['language']} {100 * row['accuracy']:.1f}"
             shown.setdefault(row["split"], []).append(accuracy.strip())
-        self.scalars(step, {"frozen layers": len(frozen)})
-        self.writer.add_text("frozen layers", " ".join(map(str, frozen)) or "none", step)
+        self.scalars(step, {"frozen layers": len(rows[0]["frozen_layers"])})
         self.writer.flush()
         with write_atomic(self.out / "metrics.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in metrics)
@@ -107,24 +94,25 @@ class Log:
         self.say(f"epoch {rows[0]['epoch']:.4g}  {line}")
 
 
-def metric_rows(scores, when):
-    """Rows of metrics.jsonl for an Evaluation; scores: {(split, language): (accuracy, loss)}."""
-    epoch = round(when.epoch, 4)
-    if when.epoch == int(when.epoch):
-        epoch = int(when.epoch)
+def metric_rows(scores, epoch, step, rate, frozen, speed):
+    """An evaluation's rows of metrics.jsonl.
+
+    scores: {(split, language): (accuracy, loss)}; epoch: how many are done, an int at the end of
+    one; frozen: layers; speed: examples a second.
+    """
     rows = []
     for (split, language), (accuracy, loss) in scores.items():
         rows.append(
             {
                 "epoch": epoch,
-                "step": when.step,
+                "step": step,
                 "split": split,
                 "language": language,
                 "accuracy": accuracy,
                 "loss": loss,
-                "lr": when.rate,
-                "frozen_layers": when.frozen,
-                "examples_per_second": round(when.speed, 1),
+                "lr": rate,
+                "frozen_layers": frozen,
+                "examples_per_second": round(speed, 1),
             }
         )
     return rows
