@@ -278,6 +278,8 @@ def open_run(folder, split):
         raise UserError(
             f"{split.folder} holds {kind(not pairs)}, {folder} was trained on {kind(pairs)}"
         )
+    if not run.about["complete"]:
+        say_once(f"warning: {folder} is not finished")
     return run
 
 
@@ -288,25 +290,6 @@ def by_language(scores, protocol, function):
         for language, accuracy in score["protocols"][protocol]["accuracy"].items():
             values.setdefault(language, []).append(accuracy)
     return {language: float(function(column)) for language, column in values.items()}
-
-
-def run_warnings(run, accuracies, split):
-    """What a reader of a run's {language: accuracy} should know: unfinished, or near chance."""
-    sentences, low = [], []
-    if not run.about["complete"]:
-        last = max(row["epoch"] for row in run.metrics)
-        sentences.append(f"{run.folder} is not finished: its last epoch so far is {last}")
-    for language, accuracy in accuracies.items():
-        labels = split.rows[language].labels
-        chance = np.bincount(labels).max() / len(labels)
-        if accuracy < chance + 0.02:
-            low.append(f"{language} {100 * accuracy:.1f} ({100 * chance:.1f})")
-    if low:
-        sentences.append(
-            f"{run.folder} is within 2 points of chance (the largest class) or below in "
-            f"{', '.join(low)}"
-        )
-    return sentences
 
 
 def open_systems(folders, translate, split):
@@ -365,12 +348,10 @@ def evaluate(systems, split, protocols, baseline, batch_size):
     protocols: which epochs to report, the first in the table. baseline: the name of the system to
     compare with.
     """
-    entries, right, warnings = [], {}, []
+    entries, right = [], {}
     for system in systems:
         entry, right[system.name] = evaluate_system(system, split, protocols, batch_size)
         entries.append(entry)
-        for run, score in zip(system.runs, entry["runs"]):
-            warnings += run_warnings(run, score["accuracy"], split)
 
     # differences between protocols, and between systems
     first, together = protocols[0], parallel(split.rows)
@@ -395,7 +376,6 @@ def evaluate(systems, split, protocols, baseline, batch_size):
         "baseline": baseline,
         "resamples": RESAMPLES,
         "systems": entries,
-        "warnings": warnings,
     }
 
 

@@ -91,8 +91,6 @@ def report(results):
             text += "`others`: mean of the languages that are no source, not corrected.\n"
         else:
             text += "The languages' rows are no translations: no mean over them.\n"
-    for warning in results["warnings"]:
-        text += f"\nwarning: {warning}\n"
     return text
 
 

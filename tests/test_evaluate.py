@@ -407,28 +407,11 @@ def test_the_paper_does_not_stand_beside_other_data(run, data, tabulate):
     assert "paper" not in results and list(columns(text)) == ["system", "run"]
 
 
-@pytest.mark.parametrize("hits, warned", [(51, True), (52, False)])
-def test_a_run_near_chance_is_called_out(hits, warned, run, data, tabulate):
-    """100 rows, the largest class has 50; `hits` are right in German, all are in the others."""
-    truth = np.repeat([0, 1, 3], [50, 30, 20])
-    for language in LANGUAGES:
-        write_test(data, language, [("my", label) for label in truth])
-    tabulate(data, run)
-    for language, count in (("en", 100), ("zh", 100), ("de", hits)):
-        wrong = np.arange(100) >= count
-        keep(kept(run, language), np.eye(4)[(truth + wrong) % 4])
-    results, text = tabulate(data, run)
-    assert results["systems"][0]["mean"] == {"en": 1.0, "zh": 1.0, "de": hits / 100}
-    assert ("within 2 points of chance" in text) == warned == len(results["warnings"])
-    assert ("below in de 51.0 (50.0)" in text) == warned
-
-
-def test_a_run_that_is_not_finished_is_called_out(run, data, tabulate):
+def test_a_run_that_is_not_finished_is_called_out(run, data, tabulate, capsys):
     description = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**description, "complete": False}))
-    results, text = tabulate(data, run)
-    sentence = f"{run} is not finished: its last epoch so far is 3"
-    assert f"warning: {sentence}" in text and sentence in results["warnings"]
+    tabulate(data, run)
+    assert capsys.readouterr().err == f"warning: {run} is not finished\n"
 
 
 # --- bad input ------------------------------------------------------------------------------------
