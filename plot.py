@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator
 
-from lib.folders import read_grid, read_json, read_run, write_atomic
+from lib.folders import read_json, read_run, write_atomic
 from lib.messages import UserError, cli, make_parser
-from lib.scores import at_best_rate, group_runs, mean_accuracies, spread
+from lib.scores import columns_of, group_runs, mean_accuracies, ranked, read_grid, spread
 from lib.tables import paper_order
 
 COLUMN, PAGE = 3.4, 7.0  # inches
@@ -91,48 +91,35 @@ def save(figure, out, name):
 
 def plot_grid(folder):
     """The search's figures, {name: figure}."""
-    grid, columns, best = read_grid(folder)
-    ranked, label = ranked_columns(columns, best["train_language"])
-    split = ranked[0].split("_")[0]
-    languages = paper_order(c.split("_", 1)[1] for c in columns if c.startswith(f"{split}_"))
-    at_best = {key: entry for key, (_, entry) in at_best_rate(grid, best).items()}
+    results, best = read_grid(folder)
+    places = ranked(results, best["select"])
+    poolings = list(dict.fromkeys(pooling for pooling, _, _ in results.keys))
+    of_others = f"mean of\nthe languages but {results.source}"
+    labels = {
+        "test": f"micro-F1 on test, {of_others} (%)",
+        "joint": f"micro-F1 on dev, {of_others} (%)",
+        "en": f"micro-F1 on dev\nin {results.source} (%)",
+    }
+    groups = columns_of(results.columns, results.source)
+    shown = next(protocol for protocol in labels if protocol in groups)
+    split = "test" if shown == "test" else "dev"
     return {
-        "search-ranking": draw_ranking(at_best, ranked, label),
-        "search-single": draw_single(at_best, split, languages),
+        "search-ranking": draw_ranking(results, places, poolings, groups[shown], labels[shown]),
+        "search-single": draw_single(results, places, poolings, split),
     }
 
 
-def ranked_columns(columns, source):
-    """The columns whose mean is shown, and its name: the other languages' test or dev sets; the
-    source's own where there is no other language."""
-    for split in ("test", "dev"):
-        others = [column for column in columns if column.startswith(f"{split}_")]
-        others = [column for column in others if column != f"{split}_{source}"]
-        if others:
-            return others, f"micro-F1 on {split}, mean of\nthe languages but {source} (%)"
-    split = "test" if f"test_{source}" in columns else "dev"
-    return [f"{split}_{source}"], f"micro-F1 on {split}\nin {source} (%)"
-
-
-def mean_score(entry, columns):
-    """Mean over columns of {column: (S,)}: (S,)."""
-    return np.mean([entry[column] for column in columns], axis=0)
-
-
-def poolings_of(entries):
-    return list(dict.fromkeys(key[0] for key in entries))
-
-
-def draw_ranking(entries, ranked, label):
+def draw_ranking(results, places, poolings, group, label):
     """All combinations by rank within their pooling; the best are named in summary.md.
 
-    entries: {(pooling, layers): {column: (S,)}}; ranked: the columns whose mean counts.
+    places: of each combination at its best rate; group: those of the columns whose mean counts.
     """
     figure = Figure(figsize=(COLUMN, 2.9))
     axis = figure.subplots()
-    for i, pooling in enumerate(poolings_of(entries)):
-        scores = [mean_score(entries[key], ranked) for key in entries if key[0] == pooling]
-        values = np.array(sorted(scores, key=np.mean, reverse=True))  # (ranks, S)
+    scores = 100 * results.micro[:, :, group].mean(2)  # (G, S)
+    for i, pooling in enumerate(poolings):
+        of_pooling = [scores[g] for g in places if results.keys[g][0] == pooling]
+        values = np.array(sorted(of_pooling, key=np.mean, reverse=True))  # (ranks, S)
         ranks, mean, std = np.arange(1, len(values) + 1), values.mean(1), spread(values)
         axis.plot(ranks, mean, label=pooling, markevery=max(1, len(values) // 8), **look(i))
         axis.fill_between(ranks, mean - std, mean + std, color=COLORS[i], alpha=0.15, lw=0)
@@ -144,16 +131,19 @@ def draw_ranking(entries, ranked, label):
     return figure
 
 
-def draw_single(entries, split, languages):
-    """Each layer alone in each language. entries: {(pooling, layers): {column: (S,)}}."""
-    poolings = poolings_of(entries)
-    layers = [key[1][0] for key in entries if key[0] == poolings[0] and len(key[1]) == 1]
+def draw_single(results, places, poolings, split):
+    """Each layer alone in each language."""
+    keys, columns = results.keys, results.columns
+    singles = sorted((g for g in places if len(keys[g][1]) == 1), key=lambda g: keys[g][1])
+    languages = [c.removeprefix(f"{split}_") for c in columns if c.startswith(f"{split}_")]
     figure = Figure(figsize=(PAGE, max(2.3, 0.19 * len(languages))))
     axes = figure.subplots(1, len(poolings), sharey=True, squeeze=False)[0]
     for axis, pooling in zip(axes, poolings):
-        for i, language in enumerate(languages):
-            column = f"{split}_{language}"
-            values = np.array([entries[pooling, (layer,)][column] for layer in layers])  # (L, S)
+        of_pooling = [g for g in singles if keys[g][0] == pooling]
+        layers = [keys[g][1][0] for g in of_pooling]
+        for i, language in enumerate(paper_order(languages)):
+            column = columns.index(f"{split}_{language}")
+            values = 100 * results.micro[of_pooling, :, column]  # (L, S)
             mean, std = values.mean(1), spread(values)
             axis.errorbar(layers, mean, std, label=language, elinewidth=0.6, **look(i))
         axis.set(title=pooling, xlabel="single layer", xticks=layers)

@@ -24,9 +24,9 @@ import train
 from data import group_numbers, read_labels, read_sets, split_languages, take, train_language
 from evaluate import Split, run_logits
 from lib.encoders import blocks, check_layers, load_encoder
-from lib.folders import read_grid, read_run, write_atomic, write_json
+from lib.folders import read_run, write_atomic, write_json
 from lib.messages import UserError, cli, in_range, make_parser
-from lib.scores import at_best_rate, columns_of, mean_of_others, rank
+from lib.scores import columns_of, ranked, read_grid
 from lib.significance import MARGIN, holm, intervals, parallel, verdict
 from lib.tables import markdown_table, paper_order
 from model import POOLINGS
@@ -349,23 +349,20 @@ def what_happened(runs, top, source):
 def phase_one(folder, split):
     """What a grid says on conclusions 3, 4 and 5, as Markdown lines: mean F1 of the other
     languages' sets, each combination at the rate that the search's own protocol preferred."""
-    grid, columns, best = read_grid(folder)
-    source, select = best["train_language"], best["select"]
-    others = [column for column in columns if column.startswith(f"{split}_")]
-    if set(others) <= {f"{split}_{source}"}:
+    results, best = read_grid(folder)
+    source, select = results.source, best["select"]
+    others = columns_of(results.columns, source).get({"dev": "joint", "test": "test"}[split])
+    if others is None:
         raise UserError(f"{folder} has no {split} scores in another language than {source}")
 
-    selecting = [columns[i] for i in columns_of(columns, source)[select]]
-    keys, ranked_by, named, by_pooling = [], [], [], {}
-    for (pooling, layers), (lr, entry) in at_best_rate(grid, best).items():
-        score = mean_of_others(entry, split, source).mean()
-        keys.append((pooling, layers, lr))
-        ranked_by.append(np.mean([entry[column] for column in selecting]) / 100)
-        named.append(f"{pooling} of {'+'.join(map(str, layers))} at lr {lr:g}, {score:.1f}")
+    order, named, by_pooling = ranked(results, select), {}, {}
+    for g in sorted(order):
+        pooling, layers, lr = results.keys[g]
+        score = 100 * results.micro[g][:, others].mean()
+        named[g] = f"{pooling} of {'+'.join(map(str, layers))} at lr {lr:g}, {score:.1f}"
         by_pooling.setdefault(pooling, []).append(score)
 
-    order = rank(keys, ranked_by)
-    sizes = [len(layers) for _, layers, _ in keys]
+    sizes = [len(layers) for _, layers, _ in results.keys]
     single = [named[g] for g in order if sizes[g] == 1]
     everything = [named[g] for g in order if sizes[g] == max(sizes)]
     means = ", ".join(f"{pooling} {np.mean(scores):.1f}" for pooling, scores in by_pooling.items())

@@ -16,7 +16,6 @@ rows and seeds (lib/significance.py).
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data import group_numbers, read_labels, read_sets
@@ -31,9 +30,9 @@ from grid_search import (
     train_group,
 )
 from lib.devices import pick_device
-from lib.folders import read_grid, read_json
+from lib.folders import read_json
 from lib.messages import UserError, cli, make_parser, progress_bar
-from lib.scores import at_best_rate, protocol_scores, rank
+from lib.scores import ranked, read_grid
 from lib.significance import holm, intervals, parallel, verdict
 from lib.tables import joined, markdown_table
 
@@ -82,25 +81,21 @@ def correctness(plan, weights, scale, pooling):
     return total / len(plan.files)
 
 
-def choose(at_best, best, layers):
+def choose(results, select, layers):
     """The models to compare, {name: (pooling, layers, lr)}, by the dev sets that chose; and all
     models at their best rates."""
-    keys, scores = [], []
-    for (pooling, combination), (lr, entry) in at_best.items():
-        keys.append((pooling, combination, lr))
-        seed_scores = protocol_scores(entry, best["select"], best["train_language"])
-        scores.append(np.mean(seed_scores) / 100)
-    ranked = [keys[g] for g in rank(keys, scores)]
-    singles = [key for key in ranked if len(key[1]) == 1]
+    places = ranked(results, select)
+    keys = [results.keys[g] for g in places]
+    singles = [key for key in keys if len(key[1]) == 1]
     last = max(layers)
     middle = min(layers, key=lambda layer: abs(layer - 2 * last / 3))
-    kept = {"chosen": ranked[0], "best single": singles[0]}
+    kept = {"chosen": keys[0], "best single": singles[0]}
     for pooling, combination, lr in singles:
         if pooling == "max" and combination == (middle,):
             kept["middle"] = pooling, combination, lr
         if pooling == "max" and combination == (last,):
             kept["last"] = pooling, combination, lr
-    return kept, keys
+    return kept, [results.keys[g] for g in sorted(places)]
 
 
 def answers(plan, kept, keys):
@@ -153,8 +148,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     plan = read_plan(Path(args.grid))
     groups = read_groups(args.data, plan)
-    grid, _, best = read_grid(args.grid)
-    kept, keys = choose(at_best_rate(grid, best), best, plan.layers)
+    results, best = read_grid(args.grid)
+    kept, keys = choose(results, best["select"], plan.layers)
     right = answers(plan, kept, keys)
     for name, (pooling, layers, lr) in kept.items():
         accuracy = 100 * right[name].mean()

@@ -1,8 +1,7 @@
 """Files written whole or not at all, JSON, arrays, hashes; the output folders of long jobs; reading
-a run and a grid."""
+a run."""
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import json
@@ -209,7 +208,7 @@ def versions():
     }
 
 
-# --- what the scripts read of each other ----------------------------------------------------------
+# --- what the scripts read of a run ---------------------------------------------------------------
 
 
 def read_run(folder):
@@ -223,28 +222,3 @@ def read_run(folder):
     if not any(isinstance(row["epoch"], int) and row["split"] != "train" for row in rows):
         raise UserError(f"{path} holds no evaluation: has the run finished an epoch?")
     return run, rows
-
-
-def read_grid(folder):
-    """A grid folder: its scores, the names of its columns, and its best.json.
-
-    The scores are {(pooling, layers, lr): {column: percent for each seed}}, columns dev_LANG and
-    test_LANG.
-    """
-    best = read_json(Path(folder) / "best.json", "grid_search.py", ("train_language", "select"))
-    path = Path(folder) / "results.csv"
-    if not path.exists():
-        raise UserError(f"{path} does not exist: run grid_search.py again")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
-    grid = {}
-    for row in rows:
-        layers = tuple(int(layer) for layer in row["layers"].split("+"))
-        scores = grid.setdefault((row["pooling"], layers, float(row["lr"])), {})
-        for column in columns:
-            scores.setdefault(column, []).append(100 * float(row[column]))
-    for scores in grid.values():
-        for column in columns:
-            scores[column] = np.array(scores[column])
-    return grid, columns, best

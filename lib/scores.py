@@ -4,6 +4,7 @@ Letters as in model.py, and: F files (dev.de, test.zh, ...), G keys (pooling, la
 the models of a search but for their seed.
 """
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.folders import read_json
 from lib.messages import UserError
 
 
@@ -129,7 +131,22 @@ class Results(NamedTuple):
     columns: list  # F of dev_LANG and test_LANG, as in results.csv
     source: str  # the language trained on
     micro: np.ndarray  # (G, S, F), fractions
-    macro: np.ndarray
+    macro: np.ndarray | None = None  # results.csv has none
+
+
+def read_grid(folder):
+    """The Results in a grid folder, and its best.json."""
+    best = read_json(Path(folder) / "best.json", "grid_search.py", ("train_language", "select"))
+    with open(Path(folder) / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if name.startswith(("dev_", "test_"))]
+    scores = {}
+    for row in rows:
+        layers = tuple(int(layer) for layer in row["layers"].split("+"))
+        key = row["pooling"], layers, float(row["lr"])
+        scores.setdefault(key, []).append([float(row[column]) for column in columns])
+    micro = np.array(list(scores.values()))
+    return Results(list(scores), columns, best["train_language"], micro), best
 
 
 def micro_f1(right, true):
@@ -182,47 +199,22 @@ def rank(keys, scores):
     return list(first.values())
 
 
+def ranked(results, protocol):
+    """The places of rank() by a protocol's columns, its choice first."""
+    group = columns_of(results.columns, results.source)[protocol]
+    return rank(results.keys, results.micro.mean(1)[:, group].mean(1))
+
+
 def choices(results):
     """What each protocol chooses, as places of keys.
 
     Returns {"en", "joint", "test": g}, and the oracle's {language: g}, by each language's own dev.
     """
-    mean = results.micro.mean(1)  # (G, F)
     chosen, oracle = {}, {}
-    for protocol, group in columns_of(results.columns, results.source).items():
-        chosen[protocol] = rank(results.keys, mean[:, group].mean(1))[0]
+    for protocol in columns_of(results.columns, results.source):
+        chosen[protocol] = ranked(results, protocol)[0]
     for i, column in enumerate(results.columns):
         if column.startswith("dev_"):
-            oracle[column.removeprefix("dev_")] = rank(results.keys, mean[:, i])[0]
+            by_language = results.micro[:, :, i].mean(1)  # (G,)
+            oracle[column.removeprefix("dev_")] = rank(results.keys, by_language)[0]
     return chosen, oracle
-
-
-# --- a grid that was read -------------------------------------------------------------------------
-
-
-def protocol_scores(entry, protocol, source):
-    """The mean of the columns that a protocol ranks by, for each seed; entry: {column: (S,)}."""
-    scores = list(entry.values())
-    return np.mean([scores[i] for i in columns_of(entry, source)[protocol]], 0)
-
-
-def mean_of_others(entry, split, source):
-    """The mean over the languages other than the source, for each seed; entry: {column: (S,)}."""
-    return protocol_scores(entry, {"dev": "joint", "test": "test"}[split], source)
-
-
-def at_best_rate(grid, best):
-    """Each pooling and combination of read_grid() at the rate that the selecting protocol prefers.
-
-    Returns {(pooling, layers): (lr, entry)}.
-    """
-    keys = list(grid)
-    scores = []
-    for entry in grid.values():
-        seeds = protocol_scores(entry, best["select"], best["train_language"])
-        scores.append(np.mean(seeds) / 100)
-    at_best = {}
-    for g in sorted(rank(keys, scores)):
-        pooling, layers, lr = keys[g]
-        at_best[pooling, layers] = lr, grid[keys[g]]
-    return at_best

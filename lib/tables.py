@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.scores import PROTOCOLS, choices, columns_of, rank, spread
+from lib.scores import PROTOCOLS, choices, columns_of, rank, ranked, spread
 from lib.significance import LEVEL, RESAMPLES
 
 PAPER_LANGUAGES = ["en", "zh", "es", "de", "ar", "ur"]  # the columns of the paper's Table 1
@@ -223,7 +223,7 @@ def summary(results, select, hidden, seconds):
     if "test" in groups:
         paper = micro[..., groups["test"]].mean(2)
     mean = score.mean(1)  # (G,)
-    order = rank(keys, mean / 100)
+    order = ranked(results, select)
     poolings = list(dict.fromkeys(pooling for pooling, _, _ in keys))
     rates = list(dict.fromkeys(lr for _, _, lr in keys))
     size = f"{len(order) // len(poolings)} combinations x {len(poolings)} poolings"

@@ -1,5 +1,6 @@
 """lib/scores.py against scikit-learn, the statistics module and choices made by hand."""
 
+import json
 import statistics
 from itertools import product
 
@@ -8,7 +9,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, f1_score
 
 from lib import scores
-from lib.scores import at_best_rate, macro_f1, micro_f1
+from lib.scores import macro_f1, micro_f1
 
 
 def test_spread_is_that_of_a_sample():
@@ -144,18 +145,17 @@ def test_each_protocol_chooses_by_its_own_columns():
     assert scores.choices(alone) == ({"en": 0}, {"en": 0})
 
 
-def test_a_tie_between_rates_is_one_for_readers_too():
+def test_a_grid_is_read_as_it_was_written_and_a_tie_between_rates_is_one(tmp_path):
     languages = ("dev_en", "dev_de", "dev_fr", "dev_zh")
-    third = 100 / 3  # three of which have another mean than 100, 0 and 0, in the last bit
-    tie = dict(zip(languages, np.array([[50], [third], [third], [third]])))
-    other = dict(zip(languages, np.array([[40.0], [100], [0], [0]])))
-    grid = {("max", (8,), 0.1): other, ("max", (8,), 0.01): tie}
-    for source, select, best in (("en", "joint", (0.01, tie)), ("de", "en", (0.1, other))):
+    third = f"{1 / 3:.12g}"  # three of which have another mean than 1, 0 and 0, in the last bit
+    lines = [f"pooling,layers,hidden,lr,seed,{','.join(languages)}"]
+    lines += ["max,8,0,0.1,0,0.4,1,0,0", f"max,8,0,0.01,0,0.5,{third},{third},{third}"]
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    for source, select, best in (("en", "joint", 1), ("de", "en", 0)):
         about = {"train_language": source, "select": select}
-        assert at_best_rate(grid, about) == {("max", (8,)): best}
-    entry = {f"{split}_{l}": np.array([i, 2 * i]) for i, (split, l) in enumerate(SIX)}
-    np.testing.assert_allclose(scores.mean_of_others(entry, "test", "es"), [4.5, 9])
-    np.testing.assert_allclose(scores.mean_of_others(entry, "dev", "de"), [0.5, 1])
-
-
-SIX = list(product(("dev", "test"), ("es", "en", "de")))
+        (tmp_path / "best.json").write_text(json.dumps(about))
+        results, read = scores.read_grid(tmp_path)
+        assert read == about and results.source == source and results.columns == [*languages]
+        assert results.keys == [("max", (8,), 0.1), ("max", (8,), 0.01)]
+        np.testing.assert_allclose(results.micro, [[[0.4, 1, 0, 0]], [[0.5, *[1 / 3] * 3]]])
+        assert scores.ranked(results, select) == [best]
