@@ -40,7 +40,6 @@ from lib.devices import broadcast, describe_device, pick_device, pick_precision,
 from lib.encoders import cut_after, drop_pooler, load_encoder
 from lib.folders import (
     finish_folder,
-    load_array,
     lock,
     read_json,
     sha256,
@@ -287,17 +286,13 @@ class Plan(NamedTuple):
 
 
 def load_features(plan, pooling, stem):
-    """The layers of one file of features (L, N, D) and its labels (N,). UserError for NaN."""
-    folder, manifest = Path(plan.folder), plan.manifest
-    rows = manifest["inputs"][f"{stem}.tsv"]["rows"]
-    path = folder / f"{stem}.{pooling}.npy"
-    array = load_array(path, (len(manifest["layers"]), rows, manifest["hidden_size"]))
-    places = [manifest["layers"].index(layer) for layer in plan.layers]
+    """The layers of one file of features (L, N, D) and its labels (N,)."""
+    folder = Path(plan.folder)
+    array = np.load(folder / f"{stem}.{pooling}.npy", mmap_mode="r")
+    places = [plan.manifest["layers"].index(layer) for layer in plan.layers]
     features = torch.from_numpy(array[places].astype(np.float32))
-    if not features.isfinite().all():
-        raise UserError(f"{path} holds values that are not finite numbers: run extract.py again")
-    labels = np.array(load_array(folder / f"{stem}.labels.npy", (rows,), "i"), np.int64)
-    return features.to(plan.device), torch.from_numpy(labels).to(plan.device)
+    labels = torch.from_numpy(np.load(folder / f"{stem}.labels.npy"))
+    return features.to(plan.device), labels.to(plan.device)
 
 
 def scaling(features):
@@ -534,7 +529,7 @@ def write_best(out, results, select, hidden, model):
 
 def read_manifest(folder, layers, poolings):
     """The manifest.json of a feature folder, which must hold these layers and poolings."""
-    keys = ("complete", "layers", "poolings", "hidden_size", "labels", "inputs")
+    keys = ("complete", "layers", "poolings", "labels", "inputs")
     manifest = read_json(Path(folder) / "manifest.json", "extract.py", keys)
     if not manifest["complete"]:
         raise UserError(f"{folder} is not complete: run extract.py again with the same command")

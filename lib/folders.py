@@ -1,4 +1,4 @@
-"""Files written whole or not at all, JSON, arrays, hashes; the output folders of long jobs; reading
+"""Files written whole or not at all, JSON, hashes; the output folders of long jobs; reading
 a run."""
 
 import contextlib
@@ -72,27 +72,6 @@ def sha256(path):
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_array(path, shape, kind="f"):
-    """A .npy file of features, of that shape and NumPy kind, memory-mapped.
-
-    UserError where it is missing, cut short or another.
-    """
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run extract.py again") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(
-            f"{path} is cut short or no array ({error}): run extract.py again"
-        ) from None
-    if array.shape != shape or array.dtype.kind != kind:
-        raise UserError(
-            f"{path} has shape {array.shape} and type {array.dtype}, expected {shape} and kind "
-            f"{kind!r}: run extract.py again"
-        )
-    return array
 
 
 # --- output folders of long jobs ------------------------------------------------------------------

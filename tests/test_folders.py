@@ -7,7 +7,6 @@ import json
 import os
 import threading
 
-import numpy as np
 import pytest
 from test_messages import FULL, child
 
@@ -99,31 +98,6 @@ def test_json_goes_and_comes_back_and_what_is_missing_is_said(tmp_path):
     assert "中" in path.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="lacks 'c': not made by this version of data.py.$"):
         folders.read_json(path, "data.py", ("b", "c"))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "x.npy does not exist: run extract.py again"),
-        (b"", "x.npy is cut short or no array"),
-        (np.zeros((3, 2), "f2"), r"shape \(3, 2\) and type float16, expected \(2, 3\) and kind"),
-        (np.zeros((2, 3), "i8"), "type int64, expected .* kind 'f': run extract.py again$"),
-        (np.zeros((2, 3), "f2"), None),
-    ],
-)
-def test_arrays_are_mapped_when_they_are_whole(content, message, tmp_path):
-    path = tmp_path / "x.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        np.save(path, content)
-    if message is None:
-        array = folders.load_array(path, (2, 3))
-        assert isinstance(array, np.memmap) and array.shape == (2, 3)
-        path.write_bytes(path.read_bytes()[:-1])
-        message = "x.npy is cut short or no array"
-    with pytest.raises(UserError, match=message):
-        folders.load_array(path, (2, 3))
 
 
 # --- output folders -------------------------------------------------------------------------------

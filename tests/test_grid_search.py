@@ -594,8 +594,6 @@ def change_manifest(folder, **values):
 BROKEN = [  # the manifest's changes, and what the message must hold
     ({"complete": False}, " is not complete: run extract.py again with the same command"),
     ({"poolings": NAMES[:2]}, f"--poolings {NAMES[2]}: "),
-    ({"hidden_size": 8}, "train.en.max.npy has shape (6, 41, 9) and type float16, expected (6, 4"),
-    ({}, "dev.de.max.npy holds values that are not finite numbers: run extract.py"),
 ]
 
 
@@ -603,9 +601,6 @@ BROKEN = [  # the manifest's changes, and what the message must hold
 def test_broken_features_are_one_sentence(run, features, tmp_path, changes, phrase):
     folder = shutil.copytree(features, tmp_path / "broken")
     change_manifest(folder, **changes)
-    array = np.load(folder / "dev.de.max.npy")
-    array[2, 3, 1] = np.nan
-    np.save(folder / "dev.de.max.npy", array)
     refused(run(features=folder), str(folder), phrase)
     assert not (tmp_path / "grid/results.csv").exists()
 
