@@ -288,8 +288,7 @@ def encode(tokenizer, rows, max_length=128, chunk=8192):
     """Tokenise Rows with the model's own fast tokenizer, pairs as pairs, cutting the longer first.
 
     Returns Encoded; rows without labels get class -1. `max_length` is in tokens, the special ones
-    included. What reads like a special token in a text is text: runs that were trained before this
-    was so saw a special token there, and label such texts a little differently now.
+    included. What reads like a special token in a text is text.
     """
     ids, second = [], []
     for start in range(0, len(rows.text_a), chunk):
@@ -306,6 +305,7 @@ def encode(tokenizer, rows, max_length=128, chunk=8192):
             return_token_type_ids=True,
         )
         ids += [np.array(row, dtype=np.int32) for row in tokens["input_ids"]]
+        # types are 0 ... 0 1 ... 1, or 0 throughout: where the first 1 stands, or the end
         second += [len(types) - sum(types) for types in tokens["token_type_ids"]]
     tokenizer.backend_tokenizer.no_truncation()  # it would be saved with the model
     flat = np.concatenate(ids)
@@ -332,7 +332,7 @@ def train_batches(lengths, size, seed, epoch, multiple=8):
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
-    widths = -(-lengths[order] // multiple)
+    widths = -(-lengths[order] // multiple) * multiple
     order = order[np.argsort(widths, kind="stable")]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return [batches[i] for i in random.permutation(len(batches))]

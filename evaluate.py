@@ -256,7 +256,7 @@ def keep_logits(path, logits, origin):
 # --- accuracy by language ------------------------------------------------------------------------
 
 
-def read_split(folder, name, max_rows=None):
+def open_split(folder, name, max_rows=None):
     """A Split of a data set folder, of at most so many rows a language."""
     languages = paper_order(split_languages(folder, name))
     if not languages:
@@ -328,12 +328,12 @@ def evaluate_system(system, split, protocols, batch_size):
             epochs = choose_epochs(run.metrics, protocol, languages, run.source, run.folder)
             found[protocol] = {"epochs": epochs, "accuracy": {}}
             for language, logits in run_logits(run.folder, epochs, split, batch_size).items():
-                answers = logits.argmax(1) == split.rows[language].labels  # (N, C) -> (N,)
-                found[protocol]["accuracy"][language] = float(answers.mean())
-                right[protocol].setdefault(language, {})[run.seed] = answers
-        entry = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
+                is_right = logits.argmax(1) == split.rows[language].labels  # (N, C) -> (N,)
+                found[protocol]["accuracy"][language] = float(is_right.mean())
+                right[protocol].setdefault(language, {})[run.seed] = is_right
+        about = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
         # the first protocol's numbers stand flat, for the table
-        entries.append(entry | found[protocols[0]] | {"protocols": found})
+        entries.append(about | found[protocols[0]] | {"protocols": found})
     means = {protocol: by_language(entries, protocol, np.mean) for protocol in protocols}
     entry = {"name": system.name, "train_language": system.source, "runs": entries}
     entry["mean"] = means[protocols[0]]
@@ -359,14 +359,14 @@ def evaluate(systems, split, protocols, baseline, batch_size):
     sources = {system.source for system in systems}
     for system, entry in zip(systems, entries):
         own = {run.source for run in system.runs}
-        answers = right[system.name]
+        own_right = right[system.name]
         entry["protocol_differences"] = {}
         for protocol in protocols[1:]:
-            difference = compare(answers[protocol], answers[first], groups, own, together)
+            difference = compare(own_right[protocol], own_right[first], groups, own, together)
             entry["protocol_differences"][protocol] = difference
         if system.name != baseline:
             other = right[baseline][first]
-            entry["difference"] = compare(answers[first], other, groups, sources, together)
+            entry["difference"] = compare(own_right[first], other, groups, sources, together)
     return {
         "data": str(split.folder),
         "split": split.name,
@@ -483,7 +483,7 @@ def main(argv=None):
         tables = args.input, args.predictions
         label_file(args.runs[0], args.epoch[0], *tables, names, args.batch_size)
         return 0
-    split = read_split(args.data, args.split, args.max_rows)
+    split = open_split(args.data, args.split, args.max_rows)
     systems = open_systems(args.runs, args.translate_train, split)
     names = [system.name for system in systems]
     baseline = args.baseline or names[0]

@@ -40,6 +40,7 @@ from lib.devices import (
     pick_precision,
     start_processes,
     to_device,
+    wait_for_all,
 )
 from lib.encoders import (
     blocks,
@@ -55,7 +56,7 @@ from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, p
 from model import POOLINGS, pool
 
 
-class Settings(NamedTuple):
+class Extraction(NamedTuple):
     """How each file is extracted."""
 
     pad_id: int
@@ -117,7 +118,7 @@ def extract_file(encoder, encoded, out, stem, settings, bar):
         for path in growing.values():
             make_array(path, shape, settings.dtype)
         make_array(done_list, (len(batches),), np.uint8)
-    broadcast()
+    wait_for_all()
     # 2. the batches that are not done yet, each process its share
     done = np.load(done_list, "r+")
     if not done.all():
@@ -135,11 +136,11 @@ def extract_file(encoder, encoded, out, stem, settings, bar):
             bar.update(len(batches[i]) * world)
         for array in arrays:
             array.flush()
-    broadcast()  # all batches are written
+    wait_for_all()  # all batches are written
     # 3. their names
     if rank == 0:
         for pooling, path in growing.items():
-            if path.exists():
+            if path.exists():  # or a process was killed after it had renamed it
                 os.replace(path, out / f"{stem}.{pooling}.npy")
         with write_atomic(out / f"{stem}.labels.npy", "wb") as file:
             np.save(file, encoded.labels)
@@ -251,7 +252,7 @@ def main(argv=None):
     }
     pairs = sets[keys[0]].text_b is not None
     noted = {"model": args.model, "pairs": pairs, "versions": versions()}
-    settings = Settings(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype)
+    settings = Extraction(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype)
     with lock(out, rank):
         complete = rank == 0 and start_folder(
             out, "manifest.json", "extract.py", manifest | noted, tuple(noted), args.overwrite
@@ -276,7 +277,7 @@ def main(argv=None):
             for path in out.glob(".*.part"):
                 path.unlink()
             print(f"{out}: done")
-        broadcast()  # all leave together, once the manifest says complete
+        wait_for_all()  # all leave together, once the manifest says complete
     return 0
 
 

@@ -36,7 +36,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import load_tokenizer, tokenizer_identity
-from lib.devices import broadcast, describe_device, pick_device, pick_precision, start_processes
+from lib.devices import (
+    describe_device,
+    pick_device,
+    pick_precision,
+    start_processes,
+    wait_for_all,
+)
 from lib.encoders import cut_after, drop_pooler, load_encoder
 from lib.folders import (
     finish_folder,
@@ -54,7 +60,7 @@ from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
 from model import POOLINGS, Classifier, Settings, save_model
 
-POOL = 1 << 23  # random values that dropout's masks are cut from
+MASK_BITS = 1 << 23  # that dropout's masks are cut from
 
 
 class Recipe(NamedTuple):
@@ -69,40 +75,40 @@ class Recipe(NamedTuple):
 # --- the models -----------------------------------------------------------------------------------
 
 
-def users(layer, layers):
-    """The numbers of the models that use a layer, of `layers` layers: layer 1 of 3 is used by the
-    models 2, 3, 6 and 7. (M/2,), the order of the columns of the layer's weights."""
-    return [m for m in range(2**layers) if m >> layer & 1]
+def users(layer, n_layers):
+    """The numbers of the models that use a layer, those whose bit `layer` is 1: of 3 layers, layer
+    1 is used by the models 2, 3, 6 and 7. (M/2,), the order of the columns of its weights."""
+    return [m for m in range(2**n_layers) if m >> layer & 1]
 
 
-def half(full, layer):
-    """What (S, B, K, M) holds of users(layer): (S, B, K, M / 2^(layer+1), 2^layer), a view.
+def with_layer(full, layer):
+    """The part of (S, B, K, M) that users(layer) have: (S, B, K, M / 2^(layer+1), 2^layer), a view.
 
-    Seen as (..., 2, 2, ..., 2), the last dimension has an axis for each layer.
+    M is split into (higher bits, the bit of this layer, lower bits), and the bit is taken at 1.
     """
     return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
 
 
-def initial_weights(generators, layers, size, classes, hidden, dtype):
+def initial_weights(generators, n_layers, size, classes, hidden, dtype):
     """The first weights of all models, from each seed's generator; nn.Linear's distribution.
 
     All models of a seed begin from the same draw, scaled by their own number of inputs. Returns a
     list: for each layer (S, D, K * M/2), then the bias (S, K, M) and, with a hidden layer, the next
     weights (S, H, C, M) and bias (S, C, M).
     """
-    device, models, units = generators[0].device, 2**layers, hidden or classes
+    device, models, units = generators[0].device, 2**n_layers, hidden or classes
 
     def uniform(*shape):
         draws = [torch.rand(*shape, generator=g, dtype=dtype, device=device) for g in generators]
         return 2 * torch.stack(draws) - 1
 
     used = [max(1, m.bit_count()) for m in range(models)]
-    scale = 1 / (torch.tensor(used, dtype=dtype, device=device) * size).sqrt()  # (M,)
+    bound = 1 / (torch.tensor(used, dtype=dtype, device=device) * size).sqrt()  # (M,)
     weights = []
-    for layer in range(layers):
-        columns = uniform(size, units)[..., None] * scale[users(layer, layers)]  # (S, D, K, M/2)
+    for layer in range(n_layers):
+        columns = uniform(size, units)[..., None] * bound[users(layer, n_layers)]  # (S, D, K, M/2)
         weights.append(columns.flatten(2))
-    weights.append(uniform(units)[..., None] * scale)
+    weights.append(uniform(units)[..., None] * bound)
     if hidden:
         for shape in ((hidden, classes), (classes,)):
             drawn = uniform(*shape) / hidden**0.5
@@ -110,19 +116,20 @@ def initial_weights(generators, layers, size, classes, hidden, dtype):
     return weights
 
 
-def forward(weights, x, scale=1.0, mask=1.0):
+def forward(weights, x, rescale=1.0, hidden_mask=1.0):
     """The logits of all models: x (L, S, B, D) -> (S, B, C, M).
 
-    `scale` and `mask` (S, B, H, 1) are dropout's.
+    rescale: dropout's 1 / (1 - p); x was masked by the caller, and hidden_mask (S, B, H, 1) is the
+    hidden layer's mask.
     """
-    layers, (bias, *head) = weights[: len(x)], weights[len(x) :]
+    of_layers, (bias, *head) = weights[: len(x)], weights[len(x) :]
     out = bias.new_zeros(x.shape[1], x.shape[2], *bias.shape[1:])  # (S, B, K, M)
-    for layer, weight in enumerate(layers):
-        part = half(out, layer)  # a view: what is added to it is added to out
+    for layer, weight in enumerate(of_layers):
+        part = with_layer(out, layer)  # a view: what is added to it is added to out
         part += torch.bmm(x[layer], weight.to(x.dtype)).view_as(part)
-    out = out * scale + bias[:, None]
+    out = out * rescale + bias[:, None]
     if head:
-        out = out.relu() * mask * scale
+        out = out.relu() * hidden_mask * rescale
         out = torch.einsum("sbhm,shcm->sbcm", out, head[0]) + head[1][:, None]
     return out
 
@@ -138,22 +145,22 @@ def train_models(
     out the same. Returns the weights as initial_weights() does. UserError when one is not finite.
     """
     features = features.contiguous()  # or each step copies the whole to take a batch from it
-    (layers, count, size), device = features.shape, features.device
+    (n_layers, count, size), device = features.shape, features.device
     hidden, epochs, batch_size, dropout = recipe
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    weights = initial_weights(generators, layers, size, classes, hidden, dtype)
+    weights = initial_weights(generators, n_layers, size, classes, hidden, dtype)
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=lr, fused=True)
-    # dropout's masks are windows of a pool: to draw one anew costs a fifth of a step
-    pool_size = max(POOL, 2 * layers * batch_size * max(size, hidden))
-    pool_generator = torch.Generator(device).manual_seed(0)
-    pool = torch.rand(pool_size, device=device, generator=pool_generator).ge(dropout)
-    pool = pool.to(features.dtype)
+    # dropout's masks are windows of a long one: to draw each anew costs a fifth of a step
+    length = max(MASK_BITS, 2 * n_layers * batch_size * max(size, hidden))
+    generator = torch.Generator(device).manual_seed(0)
+    mask_bits = torch.rand(length, device=device, generator=generator).ge(dropout)
+    mask_bits = mask_bits.to(features.dtype)
 
-    def mask(generator, *shape):
-        length = math.prod(shape)
-        last = len(pool) - length
+    def draw_mask(generator, *shape):
+        count = math.prod(shape)
+        last = len(mask_bits) - count
         start = int(torch.randint(last, (), generator=generator, device=device))
-        return pool[start : start + length].view(shape)
+        return mask_bits[start : start + count].view(shape)
 
     for _ in range(epochs):
         orders = [torch.randperm(count, generator=g, device=device) for g in generators]
@@ -162,9 +169,9 @@ def train_models(
             hidden_mask = 1.0
             if dropout:
                 for part, generator in zip(x.unbind(1), generators):
-                    part *= mask(generator, *part.shape)
+                    part *= draw_mask(generator, *part.shape)
                 if hidden:
-                    masks = [mask(g, rows.shape[1], hidden, 1) for g in generators]
+                    masks = [draw_mask(g, rows.shape[1], hidden, 1) for g in generators]
                     hidden_mask = torch.stack(masks)
             logits = forward(weights, x, 1 / (1 - dropout), hidden_mask)
             logits = logits.flatten(0, 1)  # (S * B, C, M)
@@ -217,8 +224,8 @@ def linear(weight, bias):
 
 def all_logits(weights, features, chunk=512):
     """Yield the logits of all models, chunk after chunk: features (L, N, D) -> (S, B, C, M)."""
-    layers, seeds = len(features), len(weights[-1])
-    weights = [weight.to(features.dtype) for weight in weights[:layers]] + weights[layers:]
+    n_layers, seeds = len(features), len(weights[-1])
+    weights = [weight.to(features.dtype) for weight in weights[:n_layers]] + weights[n_layers:]
     for rows in features.split(chunk, dim=1):
         yield forward(weights, rows[:, None].expand(-1, seeds, -1, -1))
 
@@ -257,7 +264,8 @@ class Plan(NamedTuple):
 
     @property
     def keys(self):
-        """All models but for their seed, (pooling, layers, lr): the order of results.csv."""
+        """All models but for their seed, (pooling, layers, lr), by pooling, rate and number: the
+        order of results.csv, in which join_parts() lays their scores out."""
         combinations = []
         for m in range(1, 2 ** len(self.layers)):  # model 0 has no layer
             combinations.append(tuple(layer for l, layer in enumerate(self.layers) if m >> l & 1))
@@ -305,8 +313,9 @@ def scaling(features):
     return mean, torch.where(same, torch.inf, number)
 
 
-def scaled(features, scale, precision):
-    mean, divisor = scale
+def scaled(features, statistics, precision):
+    """Features by what scaling() gave of the train rows, in the dtype of the products."""
+    mean, divisor = statistics
     return ((features - mean) / divisor).to(precision)
 
 
@@ -322,20 +331,20 @@ def list_parts(plan, out):
 def train_group(plan, pooling, lr, seeds, progress):
     """Train all combinations under one pooling and rate: their weights, and their scaling()."""
     features, labels = load_features(plan, pooling, f"train.{plan.source}")
-    scale = scaling(features)
+    mean, divisor = scaling(features)
     if plan.scale == "none":
-        scale = torch.zeros_like(scale[0]), torch.ones_like(scale[1])
-    features = scaled(features, scale, plan.precision)
+        mean, divisor = torch.zeros_like(mean), torch.ones_like(divisor)
+    features = scaled(features, (mean, divisor), plan.precision)
     classes = len(plan.manifest["labels"])
     weights = train_models(features, labels, classes, seeds, lr, plan.recipe, progress=progress)
-    return weights, scale
+    return weights, (mean, divisor)
 
 
 def search(plan, parts):
     """Train what is not there yet of `parts`, as list_parts() gives, and write it."""
     rank, world = start_processes()
     todo = [job for job, path in parts.items() if not path.exists()]
-    broadcast()  # all have looked before one writes
+    wait_for_all()  # all have looked before one writes
     groups = {}  # this process's share
     for pooling, lr, seed in todo[rank::world]:
         groups.setdefault((pooling, lr), []).append(seed)
@@ -344,18 +353,18 @@ def search(plan, parts):
         for (pooling, lr), seeds in groups.items():
             bar.set_description(f"{pooling}, lr {lr:g}")
             start = time.perf_counter()
-            weights, scale = train_group(plan, pooling, lr, seeds, bar.update)
+            weights, statistics = train_group(plan, pooling, lr, seeds, bar.update)
             scores = []
             for stem in plan.files:
                 features, labels = load_features(plan, pooling, stem)
-                features = scaled(features, scale, plan.precision)
+                features = scaled(features, statistics, plan.precision)
                 scores.append(f1_scores(weights, features, labels, classes))
             seconds = (time.perf_counter() - start) / len(seeds)
             scores = np.array(scores)[..., 1:]  # (F, 2, S, M): model 0 has no layer
             for s, seed in enumerate(seeds):
                 with write_atomic(parts[pooling, lr, seed], "wb") as file:
                     np.savez(file, scores=scores[:, :, s], seconds=seconds)
-    broadcast()  # all parts are there
+    wait_for_all()  # all parts are there
 
 
 def join_parts(plan, parts):
@@ -375,17 +384,18 @@ def join_parts(plan, parts):
 
 
 @torch.no_grad()
-def mean_classifier(plan, combination, weights, scale, seeds):
+def mean_classifier(plan, combination, weights, statistics, seeds):
     """The mean of these seeds' classifiers, for features as they were extracted.
 
-    A mean of linear classifiers is one linear classifier, which scales its features, too.
+    A mean of linear classifiers is one linear classifier, which scales its features, too; with a
+    hidden layer there is one seed.
     """
     models = [one_model(weights, plan.layers, combination, seed).double() for seed in seeds]
     classifier = models[0]
     for name, parameter in classifier.named_parameters():
         parameter.data = torch.stack([model.get_parameter(name) for model in models]).mean(0)
     places = [plan.layers.index(layer) for layer in combination]
-    mean, divisor = scale[0][places].double(), scale[1][places]  # (layers, 1, D), (layers, 1, 1)
+    mean, divisor = statistics[0][places].double(), statistics[1][places]  # (L, 1, D), (L, 1, 1)
     first = classifier[0]
     first.weight /= divisor.expand_as(mean).flatten()
     first.bias -= first.weight @ mean.flatten()
@@ -406,36 +416,45 @@ def choose_seeds(results, chosen, select, hidden):
     return [best], f"the classifier of seed {best}, the best by {select}"
 
 
-def write_chosen(plan, key, averaged, out):
-    """Train the chosen combination's pooling and rate once more, which gives the same models.
-
-    Writes confusion.LANG.csv, the counts added up over the seeds. Returns the mean_classifier() of
-    the seeds `averaged`, and how often it labels otherwise than the mean of their logits, in words.
-    """
-    pooling, combination, lr = key
+def train_again(plan, key):
+    """Train the models of a key's pooling and rate once more, which gives the same ones: what
+    train_group() does."""
+    pooling, _, lr = key
     with progress_bar(total=plan.steps, unit="step", desc="the chosen one again") as bar:
-        weights, scale = train_group(plan, pooling, lr, range(plan.seeds), bar.update)
-    classifier = mean_classifier(plan, combination, weights, scale, averaged)
-    number = model_number(plan.layers, combination)
+        return train_group(plan, pooling, lr, range(plan.seeds), bar.update)
+
+
+def logits_of(plan, key, weights, statistics):
+    """The logits of a key's models on all files, {stem: (S, N, C)}."""
+    pooling, combination, _ = key
+    number, logits = model_number(plan.layers, combination), {}
+    for stem in plan.files:
+        features, _ = load_features(plan, pooling, stem)
+        chunks = all_logits(weights, scaled(features, statistics, plan.precision))
+        logits[stem] = torch.cat([chunk[..., number].clone() for chunk in chunks], dim=1)
+    return logits
+
+
+def compare_labels(plan, key, classifier, logits):
+    """How often mean_classifier() labels otherwise than the mean of its seeds' logits, in words.
+
+    Both are the same function but for rounding. logits: {stem: (S, N, C)} of these seeds.
+    """
+    pooling, combination, _ = key
     places = [plan.layers.index(layer) for layer in combination]
     rows, gaps = 0, []
-    for stem in plan.files:
-        features, labels = load_features(plan, pooling, stem)
-        chunks = all_logits(weights, scaled(features, scale, plan.precision))
-        logits = torch.cat([chunk[..., number].clone() for chunk in chunks], dim=1)  # (S, N, C)
-        if stem.startswith("test."):
-            path = out / f"confusion.{stem.removeprefix('test.')}.csv"
-            write_confusion(path, logits, labels, plan.manifest["labels"])
-        mean = logits[averaged].mean(0)  # (N, C)
-        best, second = mean.topk(2).values.unbind(1)
+    for stem, of_seeds in logits.items():
+        features, _ = load_features(plan, pooling, stem)
         side_by_side = features[places].transpose(0, 1).flatten(1)  # (N, layers * D)
+        mean = of_seeds.mean(0)  # (N, C)
+        best, second = mean.topk(2).values.unbind(1)
         otherwise = classifier(side_by_side).argmax(1) != mean.argmax(1)
         gaps += (best - second)[otherwise].tolist()
         rows += len(mean)
     note = f"{len(gaps)} of {rows:,} rows are labelled otherwise than by the search's own logits"
     if gaps:
         note += f", the two best of which are within {max(gaps):.1g} there"
-    return classifier, note
+    return note
 
 
 def check_encoder(features):
@@ -493,19 +512,24 @@ def write_results(out, results, hidden):
     write_csv(out / "results.csv", rows)
 
 
-def write_confusion(path, logits, labels, names):
-    """Write the confusion matrix of logits (S, N, C), added up over the seeds."""
-    cells = labels * len(names) + logits.argmax(2)  # (S, N)
-    counts = cells.flatten().bincount(minlength=len(names) ** 2).view(len(names), -1)
-    rows = [["true \\ predicted", *names]]
-    for name, row in zip(names, counts.tolist()):
-        rows.append([name, *row])
-    write_csv(path, rows)
+def write_confusions(plan, key, logits, out):
+    """Write confusion.LANG.csv of the test files: {stem: (S, N, C)}, added up over the seeds."""
+    names = plan.manifest["labels"]
+    for stem, of_seeds in logits.items():
+        split, language = stem.split(".")
+        if split != "test":
+            continue
+        _, labels = load_features(plan, key[0], stem)
+        cells = labels * len(names) + of_seeds.argmax(2)  # (S, N)
+        counts = cells.flatten().bincount(minlength=len(names) ** 2).view(len(names), -1)
+        rows = [["true \\ predicted", *names]]
+        for name, row in zip(names, counts.tolist()):
+            rows.append([name, *row])
+        write_csv(out / f"confusion.{language}.csv", rows)
 
 
-def write_best(out, results, select, hidden, model):
-    """Write best.json, what train.py --layers-from takes. Returns the place of the chosen key."""
-    chosen, oracle = choices(results)
+def write_best(out, results, chosen, oracle, select, hidden, model):
+    """Write best.json, what train.py --layers-from takes; chosen, oracle: of choices()."""
 
     def entry(g):
         pooling, layers, lr = results.keys[g]
@@ -521,7 +545,6 @@ def write_best(out, results, select, hidden, model):
         "protocols": {protocol: entry(g) for protocol, g in chosen.items()},
     }
     write_json(out / "best.json", best)
-    return chosen[select]
 
 
 # --- what there is to search ----------------------------------------------------------------------
@@ -691,7 +714,8 @@ def main(argv=None):
     plan = make_plan(args)
     columns = [stem.replace(".", "_", 1) for stem in plan.files]
     select = choose_protocol(args.select, columns, plan.source)
-    save = args.save_model or (out / "model").exists()  # which must not be of another choice
+    # a model that was saved before must not outlive another --select
+    save = args.save_model or (out / "model").exists()
     if save:
         check_encoder(args.features)
     keys, parts = plan.keys, list_parts(plan, out)
@@ -705,7 +729,7 @@ def main(argv=None):
             print(f"trained on {plan.source}, chosen by {select}")
             if select != args.select:
                 print(f"no other language has a dev file: the choice is by that of {plan.source}")
-        broadcast()
+        wait_for_all()
         search(plan, parts)
         if rank > 0:
             return 0
@@ -713,14 +737,22 @@ def main(argv=None):
         scores, seconds = join_parts(plan, parts)
         results = Results(keys, columns, plan.source, *scores)
         write_results(out, results, args.hidden)
-        chosen = write_best(out, results, select, args.hidden, plan.manifest.get("model"))
+        chosen, oracle = choices(results)
+        model = plan.manifest.get("model")
+        write_best(out, results, chosen, oracle, select, args.hidden, model)
         text = summary(results, select, args.hidden, seconds)
         write_text(out / "summary.md", text)
         # 4. train the chosen combination once more
-        averaged, made = choose_seeds(results, chosen, select, args.hidden)
-        classifier, note = write_chosen(plan, keys[chosen], averaged, out)
+        best = chosen[select]
+        weights, statistics = train_again(plan, keys[best])
+        logits = logits_of(plan, keys[best], weights, statistics)
+        write_confusions(plan, keys[best], logits, out)
         if save:
-            save_chosen(plan, keys[chosen], classifier, out / "model")
+            seeds, made = choose_seeds(results, best, select, args.hidden)
+            classifier = mean_classifier(plan, keys[best][1], weights, statistics, seeds)
+            of_seeds = {stem: values[seeds] for stem, values in logits.items()}
+            note = compare_labels(plan, keys[best], classifier, of_seeds)
+            save_chosen(plan, keys[best], classifier, out / "model")
             print(f"{out}/model: {made}; {note}")
         finish_folder(out, "run.json")
     print(text, f"written to {out}/", sep="\n")

@@ -66,8 +66,8 @@ class Classifier(nn.Module):
                    paper's model); with `hidden` a ReLU layer of that size and a second dropout
                    stand between (its conclusion 8); with combine "mix" their sum with learned
                    softmax weights in the place of the concatenation.
-    head "pooler": [CLS] of the last layer -> the pretrained dense + tanh -> dropout -> linear
-                   (BERT's own head).
+    head "pooler": [CLS] of the last layer -> dense + tanh -> dropout -> linear (BERT's own head);
+                   the dense is the pretrained pooler's, or begins at random where there is none.
     """
 
     def __init__(self, encoder, settings):
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         size = encoder.config.hidden_size
         features = size
         self.dense = None
-        if settings.head == "pooler":
+        if settings.head == "pooler":  # its settings say what it reads
             settings = settings._replace(layers=[len(blocks(encoder))], pooling="cls")
             if getattr(encoder, "pooler", None) is None:
                 self.dense = nn.Linear(size, size)
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
             features = output.pooler_output
         else:
             features = torch.tanh(self.dense(states[-1][:, 0]))
-        with torch.autocast(features.device.type, enabled=False):  # it is small: all digits
+        with torch.autocast(features.device.type, enabled=False):  # in float32
             return self.classifier(features.float())  # (B, C)
 
     def pooled(self, states, mask):
@@ -176,9 +176,9 @@ def load_model(folder):
         raise UserError(f"{folder}: model.safetensors lacks the pooler that its head reads")
     model = Classifier(encoder, settings)
     weights = load_file(folder / "classifier.safetensors")
-    model.load_state_dict(
-        weights | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
-    )
+    for name, weight in encoder.state_dict().items():  # which is there already
+        weights[f"encoder.{name}"] = weight
+    model.load_state_dict(weights)  # a weight too many or too few is an error
     return model
 
 

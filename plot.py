@@ -215,14 +215,14 @@ def plot_training(folders, split):
 
 def curves_of(rows, split, languages, source):
     """The panels of a run, {title: {epoch: percent}}, from the rows of its metrics.jsonl."""
-    sets = {language: (split, [language]) for language in languages}
+    shown = {language: (split, [language]) for language in languages}
     if len(languages) > 2:
         others = [language for language in languages if language != source]
-        sets["mean of all but the source"] = split, others
-    sets["train"] = "train", [""]
+        shown["mean of all but the source"] = split, others
+    shown["train"] = "train", [""]
     curves = {}
-    for title, (split, members) in sets.items():
-        means = mean_accuracies(rows, split, members)
+    for title, (of_split, members) in shown.items():
+        means = mean_accuracies(rows, of_split, members)
         curves[title] = {epoch: 100 * mean for epoch, mean in means.items()}
     return curves
 

@@ -43,7 +43,15 @@ from data import (
     train_language,
 )
 from lib.cpu import make_fast
-from lib.devices import autocast, broadcast, pick_device, pick_precision, start_processes, to_device
+from lib.devices import (
+    autocast,
+    broadcast,
+    pick_device,
+    pick_precision,
+    start_processes,
+    to_device,
+    wait_for_all,
+)
 from lib.encoders import (
     blocks,
     check_layers,
@@ -69,7 +77,7 @@ from lib.run_log import Log, data_line, metric_rows, precision_line, trainable
 from lib.scores import best_epochs, mean_accuracies
 from model import POOLINGS, Classifier, Settings, freeze_layers, predict, save_model
 
-# of run.json, when a run goes on; the dtype that --precision became is compared
+# Entries of run.json that may be others when a run goes on; what --precision came to may not.
 MAY_DIFFER = (
     "model",
     "data_folder",
@@ -181,11 +189,12 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     steps = args.epochs * per_epoch
 
     optimizer = make_optimizer(model, args.weight_decay)
+    # in this order: the sum of clipping's norm depends on it in the last digit
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, metrics, totals, mean = load_state(out, model, optimizer, scaler)
+    step, metrics, totals, mean_weights = load_state(out, model, optimizer, scaler)
     log.start(step, steps)
-    trained, frozen = distributed(model), []
+    wrapped, frozen = distributed(model), []
     model.train()
 
     for epoch in range(step // per_epoch, args.epochs):
@@ -196,16 +205,16 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
                 frozen = sorted(args.freeze_layers)
                 for parameter in freeze_layers(model.encoder, frozen, readers):
                     optimizer.state.pop(parameter, None)  # AdamW and clipping skip it from now on
-                trained = distributed(model)
+                wrapped = distributed(model)
                 log.say(frozen_line(frozen, model))
 
             # forward and backward, part by part
             torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)  # the same when resumed
             parts = micro_batches(train_set, rows, pad_id, args.max_length, device, args.accumulate)
             for batch, last in parts:
-                trained.require_backward_grad_sync = last  # DDP's
+                wrapped.require_backward_grad_sync = last  # DDP's
                 with autocast(device, dtype):
-                    logits = trained(batch)  # (B, C)
+                    logits = wrapped(batch)  # (B, C)
                 labels = batch["labels"]
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
                 scaler.scale(loss * (world / len(rows))).backward()  # DDP averages over processes
@@ -228,7 +237,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             end_of_epoch = step == (epoch + 1) * per_epoch
             evaluate_now = end_of_epoch or (args.eval_steps and step % args.eval_steps == 0)
             save_now = end_of_epoch or (args.save_steps and step % args.save_steps == 0)
-            stop_now = world == 1 and stop.number
+            stop_now = world == 1 and stop.number  # of several, add_up() asks all
             if not (evaluate_now or save_now or stop_now or step % LOG_STEPS == 0):
                 continue
             mean_loss, accuracy, stop_now = add_up(totals, stop.number)
@@ -237,27 +246,28 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             speed = log.train(step, mean_loss, accuracy, rate)
             if evaluate_now:
                 scores = {("train", ""): (accuracy, mean_loss)}
-                scores |= evaluate(model, sets, pad_id, dtype, args.max_length)
+                scores |= score_sets(model, sets, pad_id, dtype, args.max_length)
                 done = epoch + 1 if end_of_epoch else round(step / per_epoch, 4)
                 metrics += metric_rows(scores, done, step, rate, frozen, speed)
                 log.evaluation(metrics[-len(scores) :], metrics)
                 totals.zero_()
             if end_of_epoch and rank == 0:
-                mean = update_mean(mean, model, epoch + 1)
+                mean_weights = update_mean(mean_weights, model, epoch + 1)
                 best = best_epochs(metrics, source)
                 save_epoch(model, tokenizer, out / "epochs", epoch + 1, args.keep_all, best)
             if (save_now or stop_now) and rank == 0:
-                progress = {"step": step, "metrics": metrics, "totals": totals, "mean": mean}
+                progress = {"step": step, "metrics": metrics, "totals": totals}
+                progress["mean"] = mean_weights
                 save_state(out, model, optimizer, scaler, progress)
             if evaluate_now or save_now or stop_now:
-                broadcast()  # no process runs ahead of a save
+                wait_for_all()  # no process runs ahead of a save
                 log.restart_clock()
             if stop_now and step < steps:
                 name = signal.Signals(stop_now).name
                 log.say(f"stopped by {name} after step {step}, the state is saved")
                 return stop_now
     if rank == 0:
-        model.load_state_dict(mean, strict=False)
+        model.load_state_dict(mean_weights, strict=False)
         save_model(model, tokenizer, out / "epochs" / "mean")
     return 0
 
@@ -267,7 +277,7 @@ def frozen_line(frozen, model):
     return f"layers {layers} are frozen from here on, {trainable(model):,} parameters to train"
 
 
-def evaluate(model, sets, pad_id, dtype, max_length):
+def score_sets(model, sets, pad_id, dtype, max_length):
     """Accuracy and mean cross-entropy on each set; leaves the model training.
 
     sets: {(split, language): Encoded}. Returns {(split, language): (accuracy, loss)}.
@@ -289,15 +299,15 @@ def evaluate(model, sets, pad_id, dtype, max_length):
 def add_up(totals, signal_number):
     """Over all processes: mean loss and accuracy since the last evaluation, and a signal, or 0.
 
-    totals: (4,) loss, right answers, rows, processes that got a signal. The first process then has
-    the totals of all.
+    totals: (4,) loss, right answers, rows, processes that got a signal. The first process keeps the
+    sum of all, the others begin again from 0.
     """
     totals[3] = signal_number > 0
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, right, rows, signalled = totals.tolist()
     if start_processes()[0] > 0:
-        totals.zero_()  # the first process holds them, and the next sum must not count them twice
+        totals.zero_()  # or the next sum would count them twice
     if signalled and not signal_number:  # another process got it
         signal_number = signal.SIGTERM
     return loss / rows, right / rows, signal_number
@@ -418,8 +428,9 @@ def build_model(args, labels, pairs):
         drop_pooler(encoder)
         top = max(settings.layers)
         cut_after(encoder, top)
-    # what the cut left and nobody reads is not trained; BERT's head reads the pooler
+    # by name, for keep_tokens() will put another embedding in the place of the first
     readers = parameter_layers(encoder, top)
+    # what the cut left and nobody reads is not trained; BERT's head reads the pooler
     for parameter_name, parameter in encoder.named_parameters():
         read_by_head = settings.head == "pooler" and parameter_name.startswith("pooler.")
         if parameter_name not in readers and not read_by_head:
@@ -428,7 +439,7 @@ def build_model(args, labels, pairs):
         for module in encoder.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = args.encoder_dropout
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same head, whatever loading drew
     return Classifier(encoder, settings), count, pretrained_pooler, readers
 
 
@@ -738,6 +749,7 @@ def main(argv=None):
     # the run folder, which may hold a part of this run already
     out, command = Path(args.out), command_line(argv, world)
     description = describe(args, model, tokenizer, sets, dtype, command)
+    # a run from before a flag was there goes on with the flag's default
     defaults = {"arguments": vars(parse_args(["--model", "", "--data", "", "--out", ""]))}
     smaller = f"--accumulate {2 * args.accumulate} (and --overwrite)"
     advice = f"with {smaller} the gradient is the same in half the memory"

@@ -138,13 +138,15 @@ def parse_columns(content, name, form="tsv"):
 def table_form(path):
     """How a file is written, by its name: csv, jsonl, and tsv for all others."""
     suffix = Path(path).suffix.lower()
+    if suffix[1:] in READERS:
+        return suffix[1:]
     if suffix in SPREADSHEETS:
         raise UserError(
             f"{path}: a spreadsheet's own format is not read: save it as CSV "
             "(in Excel: Save As, CSV UTF-8) and give that file"
         )
-    if suffix[1:] in READERS:
-        return suffix[1:]
+    if suffix == ".json":
+        raise UserError(f"{path}: JSON is read and written as lines, an object each, in a .jsonl")
     return "tsv"
 
 

@@ -75,7 +75,12 @@ def describe_device():
     return str(pick_device())
 
 
-def broadcast(value=0):
+def wait_for_all():
+    """No process goes on before all are here."""
+    broadcast(0)
+
+
+def broadcast(value):
     """The first process's `value`, a number, in every process; all wait for each other here."""
     if not dist.is_initialized():
         return value

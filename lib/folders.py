@@ -137,8 +137,9 @@ def start_folder(folder, name, script, description, ignored, overwrite=False, de
             )
     for path in folder.rglob(".*.tmp"):  # what a killed process left half-written
         remove(path)
-    if overwrite:
-        for name_inside in present:
+    if overwrite and present:
+        write_json(folder / name, old | {"complete": False})  # whatever happens while it is emptied
+        for name_inside in sorted(present, key=lambda inside: inside == name):  # that one last
             remove(folder / name_inside)
     if present and not overwrite:
         now = flat(json.loads(json.dumps(description)))

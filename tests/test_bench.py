@@ -37,9 +37,9 @@ def test_operations_are_those_that_torch_counts():
 
 def test_training_is_timed_by_its_steps_alone(model_folder, monkeypatch):
     """Five steps an epoch, each 20 ms longer; an evaluation a second longer does not count."""
-    evaluate, rate = train.evaluate, train.learning_rate
+    score_sets, rate = train.score_sets, train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda *args: time.sleep(0.02) or rate(*args))
-    monkeypatch.setattr(train, "evaluate", lambda *args: time.sleep(1) or evaluate(*args))
+    monkeypatch.setattr(train, "score_sets", lambda *args: time.sleep(1) or score_sets(*args))
     texts = ["my money"] * 33, ["order now"] * 33
     rows = Rows(*texts, [i % 3 for i in range(33)])
     job = bench.Job("toy", model_folder, rows, 8, "fp32", repeats=1)

@@ -351,6 +351,7 @@ def test_tables_of_every_form(tmp_path, name, content, expected, lines):
         ("x.jsonl", b'{"a": 1}\n[1]\n', ", line 2: not a JSON object ("),
         ("x.jsonl", b'{"a": "\\ud83d"}\n', ", line 1: not a JSON object ('utf-8' codec"),
         ("x.xlsx", b"PK", ": a spreadsheet's own format is not read: save it as CSV (in Excel"),
+        ("x.json", b"[]", ": JSON is read and written as lines, an object each, in a .jsonl"),
     ],
 )
 def test_broken_tables_are_one_sentence(tmp_path, name, content, message):

@@ -601,14 +601,14 @@ def scripted(monkeypatch, **accuracies):
     """Replace evaluation: the i-th one finds these accuracies, dev's by language or test_LANG's."""
     calls = iter(range(99))
 
-    def evaluate(*_):
+    def score_sets(*_):
         i, scores = next(calls), {}
         for name, values in accuracies.items():
             split, _, language = name.rpartition("_")
             scores[split or "dev", language] = values[i], 1.0
         return scores
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "score_sets", score_sets)
 
 
 def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(tune, tmp_path, monkeypatch):
