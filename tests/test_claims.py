@@ -51,14 +51,13 @@ def test_all_is_trained_and_compared_and_a_second_call_trains_nothing(
     asked, fit = [], train.main
     monkeypatch.setattr(train, "main", lambda command: asked.append(command) or fit(command))
 
-    # calls that share the work train all of it, and write no table
-    for share in ("1/2", "2/2"):
-        assert run(script, *flags, "--share", share)[0] == 0
+    # a call can have a share of the runs, and writes no table
+    assert run(script, *flags, "--share", "2/3")[0] == 0
     shared, asked[:] = list(asked), []
     assert not (out / "claims.json").exists()
     status, _, error = run(script, *flags)
     assert status == 0, error
-    assert sorted(map(str, shared)) == sorted(map(str, asked))
+    assert shared == asked[1::3]
 
     # every system and control is trained, with the flags that its name promises
     arguments = {}

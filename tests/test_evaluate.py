@@ -439,12 +439,6 @@ def test_a_run_that_lacks_something(name, content, message, run, data, refused, 
     refused(f"{run}/{message}", run, "--data", data, "--out", tmp_path / "out")
 
 
-def test_a_data_set_without_the_split(run, data, refused, tmp_path):
-    for path in data.glob("test.*"):
-        path.unlink()
-    refused(f"{data} has no test file", run, "--data", data, "--out", tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -179,6 +179,10 @@ def test_overwrite_starts_anew(tmp_path):
         start(tmp_path)
         (tmp_path / "epochs" / "1").mkdir(parents=True)
         folders.finish_folder(tmp_path, "run.json")
+        with pytest.MonkeyPatch.context() as patch:  # killed in the midst of it
+            patch.setattr(folders, "remove", None)
+            pytest.raises(TypeError, start, tmp_path, {"model": "big"}, overwrite=True)
+        assert start(tmp_path) is False  # it does not say that it is complete
         assert start(tmp_path, {"model": "big"}, overwrite=True) is False
     note = {"complete": False, "script": "train.py", "model": "big"}
     assert json.loads((tmp_path / "run.json").read_text()) == note

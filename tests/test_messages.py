@@ -131,12 +131,6 @@ def test_running_out_of_memory_is_one_sentence_with_advice(error, reason):
         assert str(caught.value) == f"out of memory ({reason}): halve it"
 
 
-def test_a_note_is_said_once(capsys):
-    for sentence in ("note: one of its kind", "note: another", "note: one of its kind"):
-        messages.say_once(sentence)
-    assert capsys.readouterr().err == "note: one of its kind\nnote: another\n"
-
-
 @pytest.mark.parametrize("has, expected", [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_precision_is_fp16_on_a_gpu_without_bf16(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
