@@ -1,7 +1,6 @@
 """lib/scores.py against scikit-learn, the statistics module and choices made by hand."""
 
 import json
-import statistics
 from itertools import product
 
 import numpy as np
@@ -10,13 +9,6 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 from lib import scores
 from lib.scores import macro_f1, micro_f1
-
-
-def test_spread_is_that_of_a_sample():
-    assert scores.spread([1.0, 2.0, 6.0]) == pytest.approx(statistics.stdev([1, 2, 6]))
-    assert scores.spread([5.0]) == 0
-    assert scores.spread(np.ones((2, 3)), axis=0).tolist() == [0, 0, 0]
-
 
 # --- F1 -------------------------------------------------------------------------------------------
 

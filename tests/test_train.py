@@ -693,13 +693,6 @@ def test_layers_from_a_search(tune, tmp_path):
     assert saved["layers"] == [2, 3] and saved["pooling"] == "mean"
 
 
-def test_a_head_without_a_pretrained_pooler_says_so(tune, tmp_path):
-    model, outs = make_model(tmp_path / "model", "distilbert"), (tmp_path / "a", tmp_path / "b")
-    texts = [tune("--head pooler --epochs 1", model=model, out=out) for out in outs]
-    assert "no pretrained pooler, it starts at random" in texts[0]
-    assert_same_run(*outs)  # at random, but from the seed
-
-
 def test_the_mean_is_that_of_the_weights_after_each_epoch(tune, tmp_path):
     tune(FROZEN, "--keep-all")
     assert kept(tmp_path) == ["1", "2", "3", "mean"]
@@ -728,12 +721,6 @@ def test_encoder_dropout_reaches_every_dropout_of_the_encoder(flag, expected, tu
     modules = list(seen[0].encoder.modules())
     assert {m.p for m in modules if isinstance(m, torch.nn.Dropout)} == {expected}
     assert seen[0].classifier[0].p == 0.3
-
-
-def test_classifier_json_and_run_json_say_whether_texts_come_in_pairs(tune, pair_data, tmp_path):
-    tune(QUICK, data=pair_data)
-    for name in ("epochs/1/classifier.json", "run.json"):
-        assert json.loads((tmp_path / name).read_text())["pairs"] is True
 
 
 # --- the source language --------------------------------------------------------------------------
