@@ -393,6 +393,7 @@ def mean_classifier(plan, combination, weights, statistics, seeds):
     A mean of linear classifiers is one linear classifier, which scales its features, too; with a
     hidden layer there is one seed.
     """
+    assert len(seeds) == 1 or not plan.recipe.hidden
     models = [one_model(weights, plan.layers, combination, seed).double() for seed in seeds]
     classifier = models[0]
     for name, parameter in classifier.named_parameters():
