@@ -295,12 +295,16 @@ class Plan(NamedTuple):
 
 def load_features(plan, pooling, stem):
     """The layers of one file of features (L, N, D) and its labels (N,)."""
-    folder = Path(plan.folder)
-    array = np.load(folder / f"{stem}.{pooling}.npy", mmap_mode="r")
+    array = np.load(Path(plan.folder) / f"{stem}.{pooling}.npy", mmap_mode="r")
     places = [plan.manifest["layers"].index(layer) for layer in plan.layers]
     features = torch.from_numpy(array[places].astype(np.float32))
-    labels = torch.from_numpy(np.load(folder / f"{stem}.labels.npy"))
-    return features.to(plan.device), labels.to(plan.device)
+    return features.to(plan.device), load_labels(plan, stem)
+
+
+def load_labels(plan, stem):
+    """The classes of one file's rows, (N,)."""
+    labels = np.load(Path(plan.folder) / f"{stem}.labels.npy")
+    return torch.from_numpy(labels).to(plan.device)
 
 
 def scaling(features):
@@ -516,15 +520,14 @@ def write_results(out, results, hidden):
     write_csv(out / "results.csv", rows)
 
 
-def write_confusions(plan, key, logits, out):
+def write_confusions(plan, logits, out):
     """Write confusion.LANG.csv of the test files: {stem: (S, N, C)}, added up over the seeds."""
     names = plan.manifest["labels"]
     for stem, of_seeds in logits.items():
         split, language = stem.split(".")
         if split != "test":
             continue
-        _, labels = load_features(plan, key[0], stem)
-        cells = labels * len(names) + of_seeds.argmax(2)  # (S, N)
+        cells = load_labels(plan, stem) * len(names) + of_seeds.argmax(2)  # (S, N)
         counts = cells.flatten().bincount(minlength=len(names) ** 2).view(len(names), -1)
         rows = [["true \\ predicted", *names]]
         for name, row in zip(names, counts.tolist()):
@@ -750,7 +753,7 @@ def main(argv=None):
         best = chosen[select]
         weights, statistics = train_again(plan, keys[best])
         logits = logits_of(plan, keys[best], weights, statistics)
-        write_confusions(plan, keys[best], logits, out)
+        write_confusions(plan, logits, out)
         if save:
             seeds, made = choose_seeds(results, best, select, args.hidden)
             classifier = mean_classifier(plan, keys[best][1], weights, statistics, seeds)

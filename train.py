@@ -256,8 +256,12 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
                 best = best_epochs(metrics, source)
                 save_epoch(model, tokenizer, out / "epochs", epoch + 1, args.keep_all, best)
             if (save_now or stop_now) and rank == 0:
-                progress = {"step": step, "metrics": metrics, "totals": totals}
-                progress["mean"] = mean_weights
+                progress = {
+                    "step": step,
+                    "metrics": metrics,
+                    "totals": totals,
+                    "mean": mean_weights,
+                }
                 save_state(out, model, optimizer, scaler, progress)
             if evaluate_now or save_now or stop_now:
                 wait_for_all()  # no process runs ahead of a save

@@ -133,8 +133,10 @@ if part claims; then
     grid=$([ ! -f "$OUT/grid-fair/best.json" ] || echo "--grid $OUT/grid-fair")
     claims="$PY -m experiments.claims --model $MODEL --data $OUT/data/massive60 --out $OUT/claims --controls"
     claims+=" --drop-models --seeds $CLAIMS_SEEDS $grid $CLAIMS"
-    for ((share = 1; share <= JOBS; share++)); do
-        echo "$claims --share $share/$JOBS"
-    done | at_once
+    if [ "$JOBS" != 1 ]; then
+        for ((share = 1; share <= JOBS; share++)); do
+            echo "$claims --share $share/$JOBS"
+        done | at_once
+    fi
     $claims
 fi

@@ -77,7 +77,8 @@ def describe_device():
 
 def wait_for_all():
     """No process goes on before all are here."""
-    broadcast(0)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def broadcast(value):
@@ -85,6 +86,6 @@ def broadcast(value):
     if not dist.is_initialized():
         return value
     shared = torch.tensor(float(value), device=pick_device())
-    dist.barrier()  # a broadcast alone does not hold the first process
+    wait_for_all()  # a broadcast alone does not hold the first process
     dist.broadcast(shared, 0)
     return type(value)(shared.item())

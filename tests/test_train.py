@@ -252,7 +252,7 @@ def test_learning_rate_is_that_of_transformers(schedule):
 # --- freezing -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def frozen_run(model_folder, data_folder, tmp_path_factory):
     """Layers 0, 2 and the absent 5 frozen after one epoch of three; what was seen after each of the
     15 steps."""
@@ -362,7 +362,7 @@ def test_automatic_freezing_at_the_first_fall_of_the_others_mean(en, de, zh, due
     assert found == due
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def auto_run(model_folder, data_folder, tmp_path_factory):
     """A run that freezes by itself, evaluated every second step and after each epoch."""
     out = tmp_path_factory.mktemp("auto") / "run"
@@ -399,7 +399,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unstopped(model_folder, data_folder, tmp_path_factory):
     outs = {}
 
