@@ -40,7 +40,7 @@ from lib.archives import (
     write_columns,
 )
 from lib.devices import start_processes
-from lib.folders import sha256, write_atomic, write_json
+from lib.folders import sha256, write_json, write_text
 from lib.hub import model_folder
 from lib.messages import UserError, cli, first_line, in_range, make_parser, say_once
 from lib.tables import markdown_table
@@ -218,8 +218,7 @@ def write_data_set(out, labels, tables):
         raise UserError(
             f"{out} holds another data set ({min(others)}): give another --out, or delete it"
         )
-    with write_atomic(out / "labels.txt") as file:
-        file.writelines(f"{label}\n" for label in labels)
+    write_text(out / "labels.txt", "\n".join(labels) + "\n")
     sources = {}
     for key, (header, rows, source) in tables.items():
         path = out / split_name(*key)

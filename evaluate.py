@@ -36,9 +36,9 @@ from data import (
 from lib.archives import label_index, read_columns, write_columns
 from lib.devices import pick_device, pick_precision
 from lib.encoders import check_length, check_tokens
-from lib.folders import read_json, read_run, sha256, write_atomic, write_json
+from lib.folders import read_json, read_run, sha256, write_atomic, write_json, write_text
 from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, say_once
-from lib.scores import PROTOCOLS, choose_epochs, group_runs, spread
+from lib.scores import PROTOCOLS, choose_epochs, group_runs, last_epoch, spread
 from lib.significance import RESAMPLES, compare, parallel
 from lib.tables import PAPER_LANGUAGES, PAPER_TABLE, PUBLISHED, paper_order, report
 from model import load_model, predict
@@ -114,15 +114,12 @@ class Model(NamedTuple):
     dtype: torch.dtype  # of matrix products
 
 
-def find_model(folder, protocol="last"):
-    """The folder of a model: the one given, or of the epoch of a run that a protocol chooses."""
+def find_model(folder):
+    """The folder of a model: the one given, or of a run's last epoch."""
     if (Path(folder) / "classifier.json").is_file():
-        if protocol != "last":
-            raise UserError(f"--epoch {protocol}: {folder} is one model, not a run")
         return Path(folder)
-    run = Run(folder, *read_run(folder))
-    epochs = choose_epochs(run.metrics, protocol, [run.source], run.source, folder)
-    return kept_epoch(folder, epochs[run.source])
+    _, metrics = read_run(folder)
+    return kept_epoch(folder, last_epoch(metrics))
 
 
 def kept_epoch(folder, epoch):
@@ -155,12 +152,12 @@ def predict_rows(model, rows, batch_size, desc=None):
         return predict(model.classifier, batches, len(encoded.labels), model.dtype, desc)
 
 
-def label_file(folder, protocol, source, target, names, batch_size):
+def label_file(folder, source, target, names, batch_size):
     """Copy a table with the label of each row's text and each label's probability beside it.
 
     names: what the columns of the text, and of a pair's second text, are called; None: the usual.
     """
-    path = find_model(folder, protocol)
+    path = find_model(folder)
     settings = read_json(path / "classifier.json", "train.py", ("labels", "pairs"))
     columns, lines = read_columns(source)
 
@@ -396,12 +393,23 @@ def paper_tables(data):
 
 def parse_args(argv):
     parser = make_parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "runs",
         nargs="*",
         help="run folders of train.py; those that differ only in --seed are averaged",
     )
-    parser.add_argument(
+    add(
+        "--batch-size",
+        type=in_range(int, 1),
+        default=64,
+        help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)",
+    )
+    add = parser.add_argument_group("a table").add_argument
+    add("--data", help="data set folder")
+    add("--split", choices=["dev", "test"], default="test", help="(default: test)")
+    add("--out", help="folder for results.json and results.md")
+    add(
         "--epoch",
         nargs="+",
         default=["last"],
@@ -412,76 +420,62 @@ def parse_args(argv):
         "of the other languages' test sets (test: the paper's own way, too high by the choice; "
         "needs train.py --track-test); or a number",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=in_range(int, 1),
-        default=64,
-        help="rows of 24 tokens at once; of longer ones fewer, of shorter ones more (default: 64)",
-    )
-    group = parser.add_argument_group("a table")
-    group.add_argument("--data", help="data set folder")
-    group.add_argument("--split", choices=["dev", "test"], default="test", help="(default: test)")
-    group.add_argument("--out", help="folder for results.json and results.md")
-    group.add_argument(
+    add(
         "--translate-train",
         nargs="+",
         default=[],
         metavar="RUN",
         help="runs trained on other languages, which make one row: each counts in its own language",
     )
-    group.add_argument(
+    add(
         "--max-rows",
         type=in_range(int, 1),
         metavar="N",
         help="evaluate on N rows of each file, spread evenly (default: all)",
     )
-    group.add_argument(
+    add(
         "--baseline",
         metavar="NAME",
         help="system to compare the others with (default: the first run's)",
     )
-    group = parser.add_argument_group("your own text, with one run or one folder of a model")
-    group.add_argument(
+    add = parser.add_argument_group("your own text, labelled by one run or model").add_argument
+    add(
         "--input",
         metavar="FILE",
         help="table of texts with a header, .csv, .tsv or .jsonl; - is standard input (.tsv); "
         "with a column label, accuracy is printed",
     )
-    group.add_argument(
+    add(
         "--predictions",
         metavar="FILE",
         help="table to write, .csv, .tsv or .jsonl, - is standard output (.tsv): the input with "
         "predictions and probabilities",
     )
-    group.add_argument("--text", metavar="COLUMN", help="(default: text, or text_a of pairs)")
-    group.add_argument("--text-b", metavar="COLUMN", help="second text of pairs (default: text_b)")
+    add("--text", metavar="COLUMN", help="(default: text, or text_a of pairs)")
+    add("--text-b", metavar="COLUMN", help="second text of pairs (default: text_b)")
     args = parser.parse_args(argv)
     for epoch in args.epoch:
         if epoch not in PROTOCOLS and not re.fullmatch(r"\d+", epoch):
             parser.error(f"--epoch {epoch}: expected {', '.join(PROTOCOLS)} or a number")
     if not args.runs + args.translate_train:
         parser.error("name a run folder of train.py, or more")
-    for_table = args.data or args.out or args.max_rows or args.baseline or args.translate_train
-    for_text = args.predictions or args.text or args.text_b
-    if args.input is None and (for_text or args.data is None or args.out is None):
+    for_table = [args.data, args.out, args.max_rows, args.baseline, *args.translate_train]
+    for_text = [args.input, args.predictions, args.text, args.text_b]
+    if any(for_text):
+        if any(for_table) or args.epoch != ["last"]:
+            parser.error("--input labels your own text: leave out the flags of a table")
+        if len(args.runs) != 1 or not args.input or not args.predictions:
+            parser.error("your own text needs --input, --predictions and exactly one run or model")
+    elif not args.data or not args.out:
         parser.error("give --data and --out for a table, or --input and --predictions for text")
-    if args.input is not None and for_table:
-        parser.error(
-            "--input labels your own text: leave out --data, --out, --max-rows, --baseline, "
-            "--translate-train"
-        )
-    single = len(args.runs) == len(args.epoch) == 1 and args.epoch != ["oracle"]
-    if args.input is not None and (args.predictions is None or not single):
-        parser.error("--input needs --predictions, exactly one run, and one --epoch, not oracle")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.input is not None:
+    if args.input:
         names = [args.text, args.text_b]
-        tables = args.input, args.predictions
-        label_file(args.runs[0], args.epoch[0], *tables, names, args.batch_size)
+        label_file(args.runs[0], args.input, args.predictions, names, args.batch_size)
         return 0
     split = open_split(args.data, args.split, args.max_rows)
     systems = open_systems(args.runs, args.translate_train, split)
@@ -495,8 +489,7 @@ def main(argv=None):
         results |= paper_tables(args.data)
     text = report(results)
     write_json(Path(args.out) / "results.json", results)
-    with write_atomic(Path(args.out) / "results.md") as file:
-        file.write(text)
+    write_text(Path(args.out) / "results.md", text)
     print(f"{text}\nwritten to {args.out}/")
     return 0
 

@@ -53,6 +53,7 @@ from lib.folders import (
     versions,
     write_atomic,
     write_json,
+    write_text,
 )
 from lib.hub import revision
 from lib.messages import UserError, cli, in_range, make_parser, out_of_memory, progress_bar
@@ -499,11 +500,6 @@ def save_chosen(plan, key, classifier, folder):
 
 
 # --- the grid folder ------------------------------------------------------------------------------
-
-
-def write_text(path, text):
-    with write_atomic(path) as file:
-        file.write(text)
 
 
 def write_csv(path, rows):

@@ -14,7 +14,6 @@ Paper   sections 1.4 and 1.6; conclusions 1, 2, 6, 7 and 8.
 """
 
 import inspect
-import os
 import shlex
 import shutil
 import signal
@@ -269,6 +268,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             if stop_now and step < steps:
                 name = signal.Signals(stop_now).name
                 log.say(f"stopped by {name} after step {step}, the state is saved")
+                log.say("the same command, without --overwrite, goes on")
                 return stop_now
     if rank == 0:
         model.load_state_dict(mean_weights, strict=False)
@@ -693,16 +693,6 @@ def describe(args, model, tokenizer, sets, dtype, command):
     }
 
 
-def command_line(argv, world):
-    """The command that goes on with this run."""
-    start = ["python"]
-    if world > 1:
-        here = os.getenv("LOCAL_WORLD_SIZE", str(world))
-        start = ["torchrun", "--nproc-per-node", here]
-    flags = [flag for flag in argv if flag != "--overwrite"]  # which would delete it
-    return shlex.join([*start, "train.py", *flags])
-
-
 def tokenise(args, model, tokenizer, sets):
     """Encoded of all Rows, and the encoder with those word embeddings alone that they use."""
     encoded = {}
@@ -725,20 +715,10 @@ def place(model, device, compiled):
         make_fast(model)
 
 
-def best_line(out, source):
-    """The epochs that the run's dev sets choose, in words."""
-    best = best_epochs(read_run(out)[1], source)
-    chosen = []
-    for name, dev_sets in ((source, f"dev {source}"), ("joint", "the others' dev")):
-        if name in best:
-            chosen.append(f"{best[name]} by {dev_sets}")
-    return ", ".join(chosen)
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     args = parse_args(argv)
-    device, (rank, world) = pick_device(), start_processes()
+    device, (rank, _) = pick_device(), start_processes()
     dtype = pick_precision(args.precision, device)
 
     # the data and the model
@@ -751,7 +731,7 @@ def main(argv=None):
     check_layers(args.freeze_layers, count, "--freeze-layers")
 
     # the run folder, which may hold a part of this run already
-    out, command = Path(args.out), command_line(argv, world)
+    out, command = Path(args.out), shlex.join(["train.py", *argv])
     description = describe(args, model, tokenizer, sets, dtype, command)
     # a run from before a flag was there goes on with the flag's default
     defaults = {"arguments": vars(parse_args(["--model", "", "--data", "", "--out", ""]))}
@@ -775,11 +755,11 @@ def main(argv=None):
             print(precision_line(dtype, args.precision))
         with closing(Log(out)) as log:
             number = fit(args, model, tokenizer, readers, train_set, sets, stop, log)
-        if number and rank == 0:
-            print(f"to go on:\n{command}")
-        elif rank == 0:
+        if rank == 0 and not number:
             finish_folder(out, "run.json")
-            print(f"{out}: done; best epoch {best_line(out, args.train_language)}")
+            best = best_epochs(read_run(out)[1], args.train_language)
+            chosen = [f"{name} {epoch}" for name, epoch in sorted(best.items())]
+            print(f"{out}: done; best epochs by language and protocol: {', '.join(chosen)}")
     if number:
         return 128 + number
     return 0

@@ -51,9 +51,13 @@ def hidden_beside(path):
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def write_json(path, value):
+def write_text(path, text):
     with write_atomic(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.write(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path, script, keys=()):

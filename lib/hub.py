@@ -43,12 +43,8 @@ def model_folder(name, weights=True):
     What the cache lacks is downloaded: configuration, tokenizer and, with `weights`, safetensors,
     all of one commit, by which the cache names the folder. UserError where it cannot be had.
     """
-    path = Path(name)
-    if path.exists():
-        return check_folder(path)
-    beside = path.parent.name and path.parent.is_dir()
-    if len(path.parts) > 2 or str(name).startswith((".", "~")) or beside:
-        raise UserError(f"{name}: no such folder")
+    if Path(name).exists():
+        return check_folder(Path(name))
     try:
         return check_folder(download(str(name), weights))
     except HFValidationError:
@@ -62,8 +58,8 @@ def model_folder(name, weights=True):
         )
     except LocalEntryNotFoundError:
         reason = (
-            "not in the hub's cache, or not all of it, and the hub cannot be reached (or "
-            "HF_HUB_OFFLINE is set): run this once where it can, or give a folder"
+            "no such folder, and not in the hub's cache, or not all of it; the hub cannot be "
+            "reached (or HF_HUB_OFFLINE is set): run this once where it can"
         )
     except EntryNotFoundError as error:
         reason = f"it lacks config.json or safetensors ({first_line(error)})"

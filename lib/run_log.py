@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lib.devices import describe_device, start_processes
-from lib.folders import write_atomic
+from lib.folders import write_text
 from lib.messages import progress_bar
 
 
@@ -88,8 +88,7 @@ class Log:
             shown.setdefault(row["split"], []).append(accuracy.strip())
         self.scalars(step, {"frozen layers": len(rows[0]["frozen_layers"])})
         self.writer.flush()
-        with write_atomic(self.out / "metrics.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in metrics)
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
         line = "  ".join(f"{split}: {' '.join(texts)}" for split, texts in shown.items())
         self.say(f"epoch {rows[0]['epoch']:.4g}  {line}")
 

@@ -74,6 +74,11 @@ def best_epochs(metrics, source):
     return best
 
 
+def last_epoch(metrics):
+    """The number of epochs that were evaluated. metrics: rows of metrics.jsonl."""
+    return max(row["epoch"] for row in metrics if isinstance(row["epoch"], int))
+
+
 def choose_epochs(metrics, protocol, languages, source, folder):
     """The epoch to report for each language under a protocol: {language: epoch}.
 
@@ -84,8 +89,7 @@ def choose_epochs(metrics, protocol, languages, source, folder):
     if protocol.isdecimal():
         return dict.fromkeys(languages, int(protocol))
     if protocol == "last":
-        epochs = [row["epoch"] for row in metrics if isinstance(row["epoch"], int)]
-        return dict.fromkeys(languages, max(epochs))
+        return dict.fromkeys(languages, last_epoch(metrics))
     best = best_epochs(metrics, source)
     chosen = {}
     for language in languages:

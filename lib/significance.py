@@ -23,42 +23,33 @@ class Interval(NamedTuple):
     low: float
     high: float
     p: float
-    by_seed: list  # the difference of each seed; [] where seeds cannot be paired
+    by_seed: list  # the difference of each seed
     seeds: int  # how many it counts; 1: it is of the rows alone, for no star and no verdict
 
 
-def intervals(differences, groups, baseline=None):
+def intervals(differences, groups):
     """Compare two systems on the same N rows: an Interval for each of L columns.
 
     differences (S, N, L): for each seed, row and column (a language) how right A is less how right
-    B is. Where A and B have other seeds, they are A's alone, and baseline (S', N, L) is B's: then
-    the variance over seeds is that of A over S plus that of B over S', with min(S, S') - 1 degrees
-    of freedom.
-    groups (N,): the rows with one number are drawn together, the same ones in every column.
+    B is. groups (N,): the rows with one number are drawn together, the same ones in every column.
 
     The ends are percentiles of the resamples. p is twice the smaller share of them on either side
     of 0, which inverts the interval.
     """
     random = np.random.default_rng(0)
-    parts = [differences]
-    if baseline is not None:
-        parts.append(-baseline)
-    seeds = min(len(part) for part in parts)
-    by_row = sum(part.mean(0) for part in parts)  # (N, L)
+    seeds = len(differences)
+    by_row, by_seed = differences.mean(0), differences.mean(1)  # (N, L), (S, L)
     means = resampled_means(by_row, groups, random)  # (RESAMPLES, L)
     if seeds > 1:
-        variance = sum(part.mean(1).var(0, ddof=1) / len(part) for part in parts)  # (L,)
-        means += random.standard_t(seeds - 1, size=means.shape) * np.sqrt(variance)
+        error = np.sqrt(by_seed.var(0, ddof=1) / seeds)
+        means += random.standard_t(seeds - 1, size=means.shape) * error
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     # a mean that is 0 but for rounding counts on both sides
     below = (1 + (means <= 1e-12).sum(0)) / (RESAMPLES + 1)
     above = (1 + (means >= -1e-12).sum(0)) / (RESAMPLES + 1)
     p = np.minimum(1, 2 * np.minimum(below, above))
     numbers = np.stack([by_row.mean(0), low, high, p], axis=1).tolist()  # (L, 4)
-    by_seed = [[]] * len(numbers)
-    if baseline is None:
-        by_seed = differences.mean(1).T.tolist()
-    return [Interval(*row, each, seeds) for row, each in zip(numbers, by_seed)]
+    return [Interval(*row, each, seeds) for row, each in zip(numbers, by_seed.T.tolist())]
 
 
 def resampled_means(values, groups, random):
@@ -113,55 +104,45 @@ def parallel(sets):
 
 
 def compare(system, baseline, groups, sources, together):
-    """A system against another on the same rows: {language: an Interval's fields, and p_holm, its p
-    after Holm's correction over the languages}.
+    """A system against another on the same rows and seeds: {language: an Interval's fields, and
+    p_holm, its p after Holm's correction over the languages}; {} where they share no seed.
 
     system, baseline: whether it is right, {language: {seed: (N,) bool}}. groups: {language: (N,)}.
     together: the languages' rows are translations, so that resamples are of the same rows in every
     language, of the source's groups; `others`, which is not corrected, is then the mean over the
     languages that are not in `sources`.
     """
-    shared = [language for language in groups if language in system and language in baseline]
-    drawn_together = [[language] for language in shared]
+    languages = [language for language in groups if language in system and language in baseline]
+    drawn_together = [[language] for language in languages]
     if together:
-        drawn_together = [shared]
+        drawn_together = [languages]
     found = {}
-    for languages in drawn_together:
-        seeds, right = stack(system, languages)
-        other_seeds, other_right = stack(baseline, languages)
-        parts = [right, other_right]
-        if seeds == other_seeds:
-            parts = [right - other_right]
-        names = list(languages)
-        others = [i for i, language in enumerate(languages) if language not in sources]
+    for names in drawn_together:
+        differences = seed_by_seed(system, baseline, names)  # (S, N, L)
+        if not len(differences):
+            continue
+        source = next((language for language in names if language in sources), names[0])
+        others = [i for i, language in enumerate(names) if language not in sources]
         if len(others) > 1:
-            names.append("others")
-            parts = [with_mean(part, others) for part in parts]
-        source = next((language for language in languages if language in sources), languages[0])
-        for name, interval in zip(names, intervals(parts[0], groups[source], *parts[1:])):
+            names = [*names, "others"]
+            mean = differences[:, :, others].mean(2, keepdims=True)
+            differences = np.concatenate([differences, mean], axis=2)
+        for name, interval in zip(names, intervals(differences, groups[source])):
             found[name] = interval._asdict()
-    for language, p in zip(shared, holm([found[language]["p"] for language in shared])):
+    tested = [language for language in languages if language in found]
+    for language, p in zip(tested, holm([found[language]["p"] for language in tested])):
         found[language]["p_holm"] = float(p)
     return found
 
 
-def stack(system, languages):
-    """The seeds of a system, and whether it is right: (S, N, L).
-
-    Where languages have different seeds, as Translate-Train's may, the mean over each one's seeds
-    counts as one.
-    """
-    seeds, columns = [], []
+def seed_by_seed(system, baseline, languages):
+    """How right a system is less how right another is, for each seed that both have in every
+    language: (S, N, L)."""
+    seeds = set(system[languages[0]])
     for language in languages:
-        runs = system[language]
-        seeds.append(sorted(runs))
-        columns.append(np.array([runs[seed] for seed in sorted(runs)], dtype=float))  # (S, N)
-    if seeds.count(seeds[0]) < len(seeds):
-        return [], np.stack([column.mean(0, keepdims=True) for column in columns], axis=2)
-    return seeds[0], np.stack(columns, axis=2)
-
-
-def with_mean(columns, some):
-    """Add the mean of some columns as a last one: (S, N, L) -> (S, N, L + 1)."""
-    mean = columns[:, :, some].mean(2, keepdims=True)
-    return np.concatenate([columns, mean], axis=2)
+        seeds &= system[language].keys() & baseline[language].keys()
+    differences = []
+    for seed in sorted(seeds):
+        pairs = [(system[language][seed], baseline[language][seed]) for language in languages]
+        differences.append(np.stack([a.astype(float) - b for a, b in pairs], axis=1))  # (N, L)
+    return np.array(differences)

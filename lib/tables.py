@@ -74,7 +74,7 @@ def report(results):
     # differences
     to_baseline, to_first = {}, {}
     for system in systems:
-        if "difference" in system:
+        if system.get("difference"):
             to_baseline[system["name"]] = system["difference"]
         for protocol, entries in system["protocol_differences"].items():
             to_first[f"{system['name']}, {protocol}"] = entries
@@ -95,8 +95,9 @@ def report(results):
 
 
 INTERVALS = f"""
-In brackets the 95 % interval over rows and seeds: {RESAMPLES:,} resamples of the rows (those that
-belong together are drawn together) for the seeds' mean, and Student's t for the seeds.
+On the seeds that both have. In brackets the 95 % interval over rows and seeds: {RESAMPLES:,}
+resamples of the rows (those that belong together are drawn together) for the seeds' mean, and
+Student's t for the seeds.
 * p < {LEVEL} after Holm's correction over the languages. † One seed: the rows' interval, no star.
 """
 

@@ -311,7 +311,7 @@ def test_bad_input_is_one_sentence_and_makes_no_folder(run, data, tmp_path):
     with open(tmp_path / "bad/dev.de.tsv", "a") as file:
         file.write("geld\tmoney\n")
     refused(run(data=tmp_path / "bad"), f"{tmp_path}/bad/dev.de.tsv, line 7: unknown label 'money'")
-    refused(run(model=tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such folder")
+    refused(run(model=tmp_path / "nowhere"), f"'{tmp_path}/nowhere': no such folder")
     refused(run("--max-length", 65), "--max-length 65: expected 3 to 64, the positions")
     assert not (tmp_path / "out").exists()
 

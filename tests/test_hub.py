@@ -141,4 +141,6 @@ def test_offline_from_the_cache_also_one_that_another_program_filled(
     statuses, _, err = call(hub, place, lines, **nowhere)
     assert statuses[:2] == [0, 0] and "safetensors: " not in err
     assert json.loads((place / "offline/run.json").read_text())["revision"] == COMMIT
-    one_sentence_each({"acme/unseen": "not in the hub's cache"}, statuses[2:], err)
+    one_sentence_each(
+        {"acme/unseen": "no such folder, and not in the hub's cache"}, statuses[2:], err
+    )

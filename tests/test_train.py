@@ -626,7 +626,7 @@ def test_the_last_epoch_and_the_best_by_each_protocol_are_kept(tune, tmp_path, m
     monkeypatch.setattr(train, "save_state", lambda *_: after.append(kept(tmp_path)))
     text = tune(QUICK, "--epochs 6 --track-test")
     assert list(map("".join, after)) == ["1", "12", "123", "1234", "12345", "12346"]
-    assert "best epoch 2 by dev en, 1 by the others' dev\n" in text
+    assert "protocol: de 4, en 2, joint 1, test 3, zh 1\n" in text
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o077])
@@ -736,7 +736,7 @@ def test_the_others_are_all_but_the_source(tune, data_folder, tmp_path, monkeypa
     out = tmp_path / "run"
     text = tune(QUICK, flags, data=data, out=out)
     assert kept(out) == ["1", "2", "3", "4", "mean"]
-    assert "best epoch 3 by dev de, 2 by the others' dev" in text
+    assert "best epochs by language and protocol: de 3, en 2, joint 2, zh 1" in text
     assert {row["epoch"] for row in metrics(out) if row["frozen_layers"]} == {4}
     run = json.loads((out / "run.json").read_text())
     assert run["arguments"]["train_language"] == "de" and "train.de.tsv" in run["data"]
@@ -852,18 +852,16 @@ def signalled(patch, step, *numbers, wait=0.0):
     [([signal.SIGTERM] * 3, 143), ([signal.SIGINT, signal.SIGTERM], 130)],
 )
 def test_signals_save_once_and_stop_and_the_command_goes_on(
-    numbers, status, run, unstopped, model_folder, data_folder, tmp_path
+    numbers, status, run, unstopped, tmp_path
 ):
-    """The command that is shown has no --overwrite: it would delete the run that it is about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_STEPS", 99)  # one process need not wait for the sum
         signalled(patch, 8, *numbers)
         code, out, _ = run(SETTINGS["epoch"], "--overwrite")
     assert code == status and saved_state(tmp_path)["step"] == 8
-    words = command(tmp_path, model_folder, data_folder, SETTINGS["epoch"])
     assert out.endswith(
         f"stopped by {numbers[0].name} after step 8, the state is saved\n"
-        f"to go on:\npython train.py {' '.join(words)}\n"
+        "the same command, without --overwrite, goes on\n"
     )
     code, out, _ = run(SETTINGS["epoch"])
     assert code == 0 and "going on after step 8\n" in out
