@@ -29,9 +29,9 @@ def made(tmp_path_factory):
         (data / f"{name}.tsv").write_text("".join(lines[:25]), encoding="utf-8")
     flags = ["--model", ROOT / "sample/model", "--data", data, "--out", folder / "out"]
     flags += ["--rows", 24, "--seeds", 1, "--steps", 5]
-    search, small = rows.grid_search.main, ["--seeds", 2, "--epochs", 4, "--lr", "1e-3", "3e-3"]
+    search, small = rows.grid_search.main, "--layers 8 11 12 --seeds 2 --epochs 4 --lr 1e-3 3e-3"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.grid_search, "main", lambda flags: search([*flags, *map(str, small)]))
+        patch.setattr(rows.grid_search, "main", lambda flags: search([*flags, *small.split()]))
         assert not rows.main([str(flag) for flag in flags])
     return folder / "out"
 

@@ -5,10 +5,12 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import threading
+import time
 
 import pytest
-from test_messages import FULL, child
+from test_messages import FULL, Child
 
 from lib import folders
 from lib.messages import UserError
@@ -50,17 +52,16 @@ def test_write_atomic_takes_the_place_when_it_is_whole(tmp_path, mode, content, 
 
 
 def test_sigterm_leaves_no_temporary_file(tmp_path):
-    code = f"""
-def main():
-    with folders.write_atomic({str(tmp_path / "x.txt")!r}) as file:
-        file.write('half')
-        print('writing', flush=True)
-        time.sleep(60)
-messages.cli(main)"""
-    with child(code) as process:
-        assert process.stdout.readline() == "writing\n" and list(tmp_path.iterdir())
-        process.terminate()
-        assert (process.wait(60), process.stderr.read(), list(tmp_path.iterdir())) == (143, "", [])
+    def main():
+        with folders.write_atomic(tmp_path / "x.txt") as file:
+            file.write("half")
+            print("writing", flush=True)
+            time.sleep(60)
+
+    process = Child(main)
+    assert process.stdout.readline() == "writing\n" and list(tmp_path.iterdir())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == (143, "") and list(tmp_path.iterdir()) == []
 
 
 def test_of_a_link_the_target_is_replaced(tmp_path):
@@ -191,18 +192,23 @@ def test_overwrite_starts_anew(tmp_path):
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     folder = tmp_path / "new" / "run"
-    code = f"with folders.lock({str(folder)!r}):\n    print('held', flush=True)\n    time.sleep(60)"
-    with child(code) as process:
-        assert process.stdout.readline() == "held\n"
-        refused = pytest.raises(UserError, match=f"^{folder} is in use by another process$")
-        with refused, folders.lock(folder):
-            pass
-        with folders.lock(folder, rank=1):  # of several processes the first holds it
-            pass
-        process.kill()
-        process.wait(60)
-        with folders.lock(folder):  # a killed process holds nothing
-            pass
+
+    def main():
+        with folders.lock(folder):
+            print("held", flush=True)
+            time.sleep(60)
+
+    process = Child(main)
+    assert process.stdout.readline() == "held\n"
+    refused = pytest.raises(UserError, match=f"^{folder} is in use by another process$")
+    with refused, folders.lock(folder):
+        pass
+    with folders.lock(folder, rank=1):  # of several processes the first holds it
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with folders.lock(folder):  # a killed process holds nothing
+        pass
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -4,26 +4,45 @@ processes."""
 import argparse
 import os
 import signal
-import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
-from conftest import ROOT
 
 from lib import devices, messages
 
 FULL = OSError(28, "No space left on device")
 
 
-def child(code, **options):
-    """A Python process that has imported the libraries; its output is not flushed line by line."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    start = "from lib import folders, messages; import os, sys, time\n"
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, "-c", start + code]
-    environment |= options.pop("env", {})
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+class Child:
+    """A process of its own, a fork of this one, that runs a script's main with pipes for output."""
+
+    def __init__(self, main, encoding="utf-8"):
+        out, err = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for write, (read, end) in ((1, out), (2, err)):
+                os.dup2(end, write)
+                os.close(read)
+            sys.stdout = os.fdopen(1, "w", encoding=encoding)
+            sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding)
+            status = 1
+            try:
+                messages.cli(main)
+            except SystemExit as stop:
+                status = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        os.close(out[1])
+        os.close(err[1])
+        self.stdout, self.stderr = os.fdopen(out[0]), os.fdopen(err[0])
+
+    def wait(self):
+        """The exit status, and what stands in stderr."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return status, self.stderr.read()
 
 
 @pytest.fixture
@@ -74,19 +93,27 @@ def test_cli_leaves_our_own_mistakes_their_traceback(error):
 
 
 def test_a_reader_that_went_away_is_no_error():
-    code = "sys.stdin.readline()\nmessages.cli(lambda: print('x'))"
-    with child(code, stdin=subprocess.PIPE) as process:
-        process.stdout.close()
-        process.stdin.write("\n")
-        process.stdin.close()
-        assert (process.wait(60), process.stderr.read()) == (141, "")
+    wait, go_on = os.pipe()
+
+    def main():
+        os.read(wait, 1)
+        print("x")
+
+    process = Child(main)
+    process.stdout.close()
+    os.write(go_on, b"x")
+    assert process.wait() == (141, "")
 
 
 def test_what_an_ascii_terminal_cannot_print_is_escaped():
-    code = "def main():\n    print('é')\n    raise messages.UserError('退')\nmessages.cli(main)"
-    with child(code, env={"PYTHONIOENCODING": "ascii"}) as process:
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (2, "\\xe9\n", "-c: error: \\u9000\n")
+    def main():
+        print("é")
+        raise messages.UserError("退")
+
+    process = Child(main, encoding="ascii")
+    status, error = process.wait()
+    assert (status, process.stdout.read()) == (2, "\\xe9\n")
+    assert error.endswith(": error: \\u9000\n")
 
 
 @pytest.mark.parametrize(

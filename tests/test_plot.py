@@ -1,13 +1,13 @@
 """plot.py: what is drawn is what the files say."""
 
+import importlib
 import json
 import struct
-import subprocess
-import sys
 
+import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT, refused
+from conftest import refused
 
 import plot
 
@@ -81,14 +81,12 @@ def runs(tmp_path):
 
 
 def test_importing_it_changes_nothing_in_a_notebook():
-    code = """
-import matplotlib
-matplotlib.use("svg")
-before = dict(matplotlib.rcParams)
-import plot
-assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.use("svg")
+        before = dict(matplotlib.rcParams)
+        importlib.reload(plot)
+        assert dict(matplotlib.rcParams) == before and matplotlib.get_backend() == "svg"
 
 
 def test_the_search_is_drawn_as_the_results_say(grid, draw, tmp_path):

@@ -5,13 +5,18 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import ROOT, STILL, make_data, make_model
 from safetensors.torch import load_file
+from test_messages import Child
+
+import train
 
 DRIVER = """
 import json, os, shlex, signal, sys
@@ -92,7 +97,7 @@ note {out}/still {alike} --out {out}/alike-still --dropout 0
 note {out}/drawn {alike} --out {out}/alike-drawn --dropout 0.5
 kill 9 {pooler} --out {out}/pooler-killed --save-steps 2
 """
-    return shared, until_killed, f"train {pooler} --out {out}/pooler-killed --save-steps 2\n"
+    return shared, until_killed, f"{pooler} --out {out}/pooler-killed --save-steps 2"
 
 
 def torchrun(lines, folder):
@@ -106,6 +111,23 @@ def torchrun(lines, folder):
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def two_forks(flags):
+    """train.py in two processes that find each other as torchrun's do; what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def main(rank):
+        os.environ.update(shared, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+        return train.main(flags.split())
+
+    processes = [Child(partial(main, rank)) for rank in (0, 1)]
+    for process in processes:
+        status, error = process.wait()
+        assert status == 0, error
+    return "".join(process.stdout.read() for process in processes)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +145,9 @@ def both(tmp_path_factory):
         importlib.import_module(name).main(arguments)
     (folder / "two").mkdir()
     shared, until_killed, after = commands(model, data, same, folder / "two")
-    begun = torchrun(shared + until_killed, folder / "two")
-    assert begun.returncode != 0 and "$ kill" in begun.stdout, begun.stderr[-3000:]
-    ended = torchrun(after, folder / "two")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return folder / "one", folder / "two", begun.stdout + ended.stdout
+    done = torchrun(shared + until_killed, folder / "two")
+    assert done.returncode != 0 and "$ kill" in done.stdout, done.stderr[-3000:]
+    return folder / "one", folder / "two", done.stdout + two_forks(after)
 
 
 def rows_of(run):
