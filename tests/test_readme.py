@@ -3,6 +3,7 @@ loopback (hub.py), where sample/model stands under every name; archives of the s
 in the place of the published ones; and each command gets flags that make it small. What the README
 says is what is tested."""
 
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from hub import Hub
+from test_messages import Child
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -183,28 +185,29 @@ def test_the_readmes_changes_apply_and_run(tmp_path, model_folder, data_folder):
         apply(block, place)
     rows = [{"text": f"money {i}", "label": "ab"[i % 2]} for i in range(20)]
     (place / "rows.json").write_text(json.dumps(rows))
-    commands = f"""
-import data, extract, grid_search, train
-assert data.main("own --out own --train en=rows.json --text text --label label".split()) is None
-given = "--model {model_folder} --data {data_folder} --max-length 32 --out "
-extract.main((given + "f").split())
-grid_search.main(
-    "--features f --out g --layers 3 5 --poolings min cls --seeds 1 --epochs 2".split()
-)
-train.main(
-    (given + "r --layers 3 4 --pooling min --epochs 3 --max-train-rows 20").split()
-    + "--freeze-layers 1 2 --freeze-epoch 1".split()
-)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", commands],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = f"--model {model_folder} --data {data_folder} --max-length 32 --out "
+    lines = [
+        "data own --out own --train en=rows.json --text text --label label",
+        f"extract {given} f",
+        "grid_search --features f --out g --layers 3 5 --poolings min cls --seeds 1 --epochs 2",
+        f"train {given} r --layers 3 4 --pooling min --epochs 3 --max-train-rows 20 "
+        "--freeze-layers 1 2 --freeze-epoch 1",
+    ]
+
+    def main():
+        os.chdir(place)
+        sys.path.insert(0, str(place))
+        rooms = ("data", "model", "lib", "extract", "grid_search", "train")
+        for name in list(sys.modules):
+            if name.partition(".")[0] in rooms:  # those of the fork take their place
+                del sys.modules[name]
+        for line in lines:
+            name, *flags = line.split()
+            module = importlib.import_module(name)
+            assert module.__file__ == f"{place}/{name}.py" and not module.main(flags)
+
+    status, error = Child(main).wait()
+    assert status == 0, error
     frozen = {}
     for line in (place / "r/metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
