@@ -280,13 +280,12 @@ def open_run(folder, split):
     return run
 
 
-def by_language(scores, protocol, function):
-    """A function of several runs' accuracies under a protocol: {language: value}."""
+def by_language(right, function):
+    """A function of the seeds' accuracies, {language: value}; right: {language: {seed: (N,)}}."""
     values = {}
-    for score in scores:
-        for language, accuracy in score["protocols"][protocol]["accuracy"].items():
-            values.setdefault(language, []).append(accuracy)
-    return {language: float(function(column)) for language, column in values.items()}
+    for language, seeds in right.items():
+        values[language] = float(function([of_seed.mean() for of_seed in seeds.values()]))
+    return values
 
 
 def open_systems(folders, translate, split):
@@ -331,10 +330,10 @@ def evaluate_system(system, split, protocols, batch_size):
         about = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
         # the first protocol's numbers stand flat, for the table
         entries.append(about | found[protocols[0]] | {"protocols": found})
-    means = {protocol: by_language(entries, protocol, np.mean) for protocol in protocols}
+    means = {protocol: by_language(right[protocol], np.mean) for protocol in protocols}
     entry = {"name": system.name, "train_language": system.source, "runs": entries}
     entry["mean"] = means[protocols[0]]
-    entry["std"] = by_language(entries, protocols[0], spread)
+    entry["std"] = by_language(right[protocols[0]], spread)
     entry["protocols"] = means
     return entry, right
 

@@ -121,35 +121,27 @@ def start_folder(folder, name, script, description, ignored, overwrite=False, de
     job's: all but the `ignored` keys ("versions", "arguments.save_steps") is compared. A key that
     the older job did not know yet counts as having been as in `defaults` (nested like description).
     """
-    folder = Path(folder)
-    present = []
-    for path in folder.iterdir():
-        if path.name != ".lock" and path.suffix != ".tmp":
-            present.append(path.name)
-    # a folder of anybody else is never touched
-    if present:
-        if name not in present:
-            raise UserError(
-                f"{folder} holds {min(present)} but no {name}, so it is none that {script} made: "
-                "give another --out, or delete it yourself"
-            )
+    folder, old = Path(folder), {}
+    if (folder / name).exists():
         old = read_json(folder / name, script)
-        if old.get("script") != script:
-            raise UserError(
-                f"{folder / name} is none that {script} made: give another --out, or delete the "
-                "folder yourself"
-            )
+    # a folder of anybody else is never touched
+    present = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - {".lock"}
+    if present and old.get("script") != script:
+        raise UserError(
+            f"{folder} holds {min(present)} and is none that {script} made: give another --out, or "
+            "delete it yourself"
+        )
     for path in folder.rglob(".*.tmp"):  # what a killed process left half-written
         remove(path)
-    if overwrite and present:
-        write_json(folder / name, old | {"complete": False})  # whatever happens while it is emptied
-        for name_inside in sorted(present, key=lambda inside: inside == name):  # that one last
-            remove(folder / name_inside)
-    if present and not overwrite:
+    if old and not overwrite:
         now = flat(json.loads(json.dumps(description)))
         new_flags = {key: value for key, value in flat(defaults or {}).items() if key in now}
         check_same(folder, new_flags | flat(old), now, ignored)
         return old["complete"]
+    if old:
+        write_json(folder / name, old | {"complete": False})  # whatever happens while it is emptied
+        for other in present - {name}:
+            remove(folder / other)
     write_json(folder / name, {"complete": False, "script": script, **description})
     return False
 

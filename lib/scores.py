@@ -95,13 +95,9 @@ def choose_epochs(metrics, protocol, languages, source, folder):
     for language in languages:
         name = {"en": source, "oracle": language}.get(protocol, protocol)
         if name not in best:
-            split, hint = "dev", ""
-            if protocol == "test":
-                split, hint = "test", " (train.py --track-test)"
-            evaluated = dict.fromkeys(row["language"] for row in metrics if row["split"] == split)
             raise UserError(
-                f"--epoch {protocol}: {folder} was evaluated on {split} in "
-                f"{' '.join(evaluated) or 'no language'} alone ({name} is missing){hint}"
+                f"--epoch {protocol}: {folder} was not evaluated after each epoch on the sets of "
+                f"{name} (of dev; for test with train.py --track-test)"
             )
         chosen[language] = best[name]
     return chosen

@@ -315,8 +315,8 @@ def test_a_protocol_without_its_sets(four_epochs, data, refused, tmp_path):
     metrics = four_epochs / "metrics.jsonl"
     write_lines(metrics, [l for l in metrics.read_text().splitlines() if '"zh"' not in l])
     arguments = four_epochs, "--data", data, "--out", tmp_path / "out", "--epoch"
-    for protocol, there in (("oracle", "dev in en de"), ("test", "test in no language")):
-        message = f"--epoch {protocol}: {four_epochs} was evaluated on {there} alone"
+    for protocol, name in (("oracle", "zh"), ("test", "test")):
+        message = f"{four_epochs} was not evaluated after each epoch on the sets of {name} (of dev"
         refused(message, *arguments, protocol)
 
 
