@@ -5,7 +5,6 @@ with Hub({"acme/tiny": "sample/model"}) as hub:
 """
 
 import hashlib
-import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """Serves folders as models, {name: folder}. Of the names in `gated` every file is a 403;
     downloads of those in `breaking` end after half of the weights. `asked` lists what was asked:
-    (method, path, bytes sent)."""
+    (method, path)."""
 
     def __init__(self, models, gated=(), breaking=()):
         self.models = {name: Path(folder) for name, folder in models.items()}
@@ -57,33 +56,19 @@ class Hub:
         }
 
     def answer(self, request):
-        """/api/models/NAME, or /NAME/resolve/REVISION/FILE."""
+        """/NAME/resolve/REVISION/FILE; of a name that is not here, anything."""
         path = unquote(request.path.partition("?")[0]).removeprefix("/")
         name, _, file = path.removeprefix("api/models/").partition("/resolve/")
         file = file.partition("/")[2]
-        status, headers, body = 404, {"X-Error-Code": "RepoNotFound"}, b""
+        status, body, headers = 404, b"", {"X-Error-Code": "RepoNotFound"}
         if name in self.gated:
             status, headers = 403, {"X-Error-Code": "GatedRepo"}
-        elif name in self.models and path == f"api/models/{name}":
-            files = sorted(p.name for p in self.models[name].iterdir())
-            answer = {
-                "id": name,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": file} for file in files],
-            }
-            status, headers, body = (
-                200,
-                {"Content-Type": "application/json"},
-                json.dumps(answer).encode(),
-            )
-        elif name in self.models and file and (self.models[name] / file).is_file():
-            body = (self.models[name] / file).read_bytes()
-            status, headers = (
-                200,
-                {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT},
-            )
-        elif name in self.models and file:
+        elif name in self.models:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            if (self.models[name] / file).is_file():
+                status, body = 200, (self.models[name] / file).read_bytes()
+                etag = hashlib.sha256(body).hexdigest()
+                headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
         request.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             request.send_header(key, value)
@@ -93,4 +78,4 @@ class Hub:
                 body = body[: len(body) // 2]
                 request.close_connection = True
             request.wfile.write(body)
-        self.asked.append((request.command, path, len(body) if request.command == "GET" else 0))
+        self.asked.append((request.command, path))

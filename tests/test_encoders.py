@@ -39,7 +39,6 @@ from lib.encoders import (
     parameter_layers,
     whole_state,
 )
-from lib.hub import model_folder
 from model import Classifier, Settings, freeze_layers, load_model, save_model
 
 BLOCK = re.compile(r"(?:layer|layers)\.(\d+)\.")  # the number of a parameter's block, from 0
@@ -330,7 +329,6 @@ def half_the_file(folder):
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 638468\n"
 LACKS = "lacks weights of BertModel: "
 BROKEN = {  # {what was done: (how, what is said of {folder})}
-    "no folder": (shutil.rmtree, "'{folder}': no such folder"),
     "cut short": (half_the_file, "no encoder can be loaded from '{folder}': "),
     "another shape": (
         lambda folder: change_json(folder / "config.json", intermediate_size=53),
@@ -366,17 +364,6 @@ def test_a_folder_that_is_no_model_is_said_to_be_what_it_is(folder, kind):
     assert str(folder) in fails(words, load_encoder, folder)
     if not (LACKS in words or kind == "cut short"):
         fails(words, load_tokenizer, folder)
-
-
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("runs/of/mine", "no such folder, and no name that a model of the hub can have"),
-        ("google/bert", "no such folder, and not in the hub's cache"),
-    ],
-)
-def test_a_name_that_is_neither_a_folder_nor_in_the_cache(name, words):
-    fails(f"model {name!r}: {words}", model_folder, name)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "no-such-model"])

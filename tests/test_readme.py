@@ -13,16 +13,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
+from conftest import ROOT
 from hub import Hub
 from test_messages import Child
 
-ROOT = Path(__file__).parent.parent
-NAMES = [
-    "bert-base-multilingual-uncased",
-    "intfloat/multilingual-e5-small",
-]  # every name that the README uses
+# every name that the README uses
+NAMES = "bert-base-multilingual-uncased intfloat/multilingual-e5-small".split()
 SMALL = {
     "data.py": "",
     "data.py xnli": "--archives archives",
@@ -33,16 +30,12 @@ SMALL = {
     "plot.py": "",
     "train.py": "--max-train-rows 24 --max-eval-rows 6 --epochs 3",
 }
-SKIPPED = (
-    "make ",
-    "tensorboard ",
-    "torchrun ",
-)  # tested elsewhere, or it serves until it is stopped
+SKIPPED = "make "  # tested elsewhere
 
 
-def table(path):
-    header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [dict(zip(header, row)) for row in rows]
+def rows(name, count):
+    """The first rows of one of the sample's files, cells joined by tabs."""
+    return (ROOT / f"sample/{name}.tsv").read_text(encoding="utf-8").splitlines()[1 : count + 1]
 
 
 def write_archives(folder):
@@ -51,40 +44,24 @@ def write_archives(folder):
     languages = "en zh es de ar ur fr".split()
     with zipfile.ZipFile(folder / "XNLI-1.0.zip", "w") as archive:
         for split in ("dev", "test"):
-            lines = ["language\tpairID\tsentence1\tsentence2\tgold_label"]
+            lines = ["language\tsentence1\tsentence2\tgold_label\tgroup"]
             for language in languages:
-                rows = table(ROOT / f"sample/nli/{split}.{language}.tsv")[:20]
-                lines += [
-                    f"{language}\t{i}\t{row['text_a']}\t{row['text_b']}\t{row['label']}"
-                    for i, row in enumerate(rows)
-                ]
-            archive.writestr(f"XNLI-1.0/xnli.{split}.tsv", "\n".join(lines) + "\n")
+                lines += [f"{language}\t{row}" for row in rows(f"nli/{split}.{language}", 20)]
+            archive.writestr(f"XNLI-1.0/xnli.{split}.tsv", "\n".join(lines))
     with zipfile.ZipFile(folder / "XNLI-MT-1.0.zip", "w") as archive:
-        rows = table(ROOT / "sample/nli/train.en.tsv")[:40]
-        lines = ["premise\thypo\tlabel"] + [
-            f"{row['text_a']}\t{row['text_b']}\t{row['label']}" for row in rows
-        ]
+        lines = ["premise\thypo\tlabel\tgroup", *rows("nli/train.en", 40)]
         for language in languages:  # the same rows: nobody looks at what they say
-            archive.writestr(
-                f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv", "\n".join(lines) + "\n"
-            )
+            name = f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
+            archive.writestr(name, "\n".join(lines))
     with tarfile.open(folder / "amazon-massive-dataset-1.0.tar.gz", "w:gz") as archive:
         for locale in "en-US de-DE es-ES fr-FR zh-CN".split():
-            records = []
+            lines = []
             for split in ("train", "dev", "test"):
                 language = "en" if split == "train" else locale[:2]
-                for i, row in enumerate(
-                    table(ROOT / f"sample/intents/{split}.{language}.tsv")[:40]
-                ):
-                    records.append(
-                        {
-                            "id": f"{split}{i}",
-                            "partition": split,
-                            "intent": row["label"],
-                            "utt": row["text"],
-                        }
-                    )
-            content = "".join(json.dumps(record) + "\n" for record in records).encode()
+                for row in rows(f"intents/{split}.{language}", 40):
+                    text, intent, *_ = row.split("\t")
+                    lines.append(json.dumps({"partition": split, "intent": intent, "utt": text}))
+            content = "\n".join(lines).encode()
             info = tarfile.TarInfo(f"1.0/data/{locale}.jsonl")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -132,8 +109,8 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert len(used) == 2
     place = tmp_path / "clone"
     # without what the README's commands have made here already
-    made = ("data", "features", "grid", "runs", "results", "figures", "demo", "claims", "bench")
-    ignored = (".git", ".venv", "tests", "__pycache__", ".*cache", *made)
+    ignored = ".git .venv tests __pycache__ .*cache".split()
+    ignored += "data features grid runs results figures demo claims bench".split()
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*ignored))
     write_archives(place / "archives")
     lines = [line.replace("M=sample/model", f"M={NAMES[1]}") for line in commands()]
@@ -149,7 +126,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
         )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     for name in NAMES:
-        assert any(path == f"{name}/resolve/main/config.json" for _, path, _ in hub.asked)
+        assert any(path == f"{name}/resolve/main/config.json" for _, path in hub.asked)
     labelled = (place / "labelled.csv").read_text(encoding="utf-8-sig").splitlines()
     assert labelled[0].startswith("id,body,queue,prediction,p_")
 
@@ -174,10 +151,8 @@ def apply(block, folder):
 
 def test_the_readmes_changes_apply_and_run(tmp_path, model_folder, data_folder):
     place = tmp_path / "fork"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "tests", "sample", "experiments", "__pycache__"
-    )
-    shutil.copytree(ROOT, place, ignore=ignored)
+    ignored = ".git .venv tests sample experiments __pycache__".split()
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*ignored))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```diff\n(.*?)^```\n", text, re.M | re.S)
     assert len(blocks) == 6
