@@ -96,11 +96,11 @@ def split_languages(folder, split, first="en"):
     languages = []
     for path in sorted(Path(folder).glob("*.*")):
         name, _, language = path.stem.partition(".")
-        well_named = name in SPLITS and LANGUAGE.fullmatch(language)
-        well_named = well_named and path.name == split_name(name, language)
-        if well_named and name == split:
-            languages.append(language)
-        elif not well_named and re.match(r"(train|dev|test|valid\w*)\..*tsv$", path.name, re.I):
+        well_named = LANGUAGE.fullmatch(language) and path.name == split_name(name, language)
+        if well_named and name in SPLITS:
+            if name == split:
+                languages.append(language)
+        elif re.match(r"(train|dev|test|valid\w*)\..*tsv$", path.name, re.I):
             say_once(
                 f"warning: {path} is not read: a split's file is named train, dev or test, "
                 "a language code without a dot and .tsv, as dev.pt-BR.tsv"
@@ -185,7 +185,9 @@ def take(rows, count):
     indices = [i * total // count for i in range(count)]
     columns = []
     for column in rows:
-        columns.append(column and [column[i] for i in indices])
+        if column is not None:
+            column = [column[i] for i in indices]
+        columns.append(column)
     return Rows(*columns)
 
 
@@ -322,7 +324,7 @@ def encode(tokenizer, rows, max_length=128, chunk=8192):
     )
 
 
-def train_batches(lengths, size, seed, epoch, multiple=8):
+def train_batches(lengths, size, seed, epoch):
     """One epoch's batches: rows of one rounded length together, from (seed, epoch) alone.
 
     lengths (N,) in tokens -> list of index arrays of `size` rows (one may be shorter), every row
@@ -331,44 +333,44 @@ def train_batches(lengths, size, seed, epoch, multiple=8):
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
-    widths = -(-lengths[order] // multiple) * multiple
-    order = order[np.argsort(widths, kind="stable")]
+    order = order[np.argsort(round_up(lengths[order]), kind="stable")]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def sorted_batches(lengths, size, multiple=8, tokens=24, window=1 << 15):
-    """Batches for evaluation and extraction, by falling length.
+def round_up(lengths, multiple=8):
+    """Lengths in tokens as they are padded, so that there are few shapes."""
+    return -(-lengths // multiple) * multiple
 
-    Each has as many rows of one rounded length as hold `size` times `tokens` tokens, so that memory
-    and the size of a matrix product are the same for short and for long texts. Rows are sorted
-    within windows, so that what is written of them lies together in the files.
+
+def sorted_batches(lengths, size, window=1 << 15):
+    """Batches for evaluation and extraction, by falling length, of `size` * 24 tokens at most.
+
+    Padding counts, so that memory and the size of a matrix product are the same for short and for
+    long texts. Rows are sorted within windows, so that what is written of them lies together in the
+    files.
     """
-    batches = []
+    batches, tokens = [], size * 24
     for first in range(0, len(lengths), window):
         order = first + np.argsort(-lengths[first : first + window], kind="stable")
-        widths = -(-lengths[order] // multiple) * multiple
+        widths = round_up(lengths[order])
         start = 0
         while start < len(order):
-            count = max(1, size * tokens // widths[start])
+            count = max(1, tokens // widths[start])  # the widest comes first
             batches.append(order[start : start + count])
             start += count
     return batches
 
 
-def collate(encoded, rows, pad_id, limit=None, multiple=8):
-    """Pad some rows of an Encoded to a multiple of 8 tokens, `limit` at most.
+def collate(encoded, rows, pad_id, limit):
+    """Pad some rows of an Encoded to a multiple of 8 tokens, at most to `limit`, encode()'s own.
 
     rows: (B,) indices. Returns NumPy arrays input_ids, attention_mask (1: a token) and
     token_type_ids, each (B, T) int64, and labels (B,) int64.
     """
     starts = encoded.starts[rows]
     lengths = encoded.starts[rows + 1] - starts
-    longest = lengths.max()
-    width = -(-longest // multiple) * multiple
-    if limit is not None:
-        width = max(longest, min(width, limit))
-    columns = np.arange(width)
+    columns = np.arange(min(round_up(lengths.max()), limit))
     mask = columns < lengths[:, None]  # (B, T)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = encoded.ids[(starts[:, None] + columns)[mask]]
@@ -408,7 +410,9 @@ def check(folder, model=None, max_length=128):
         legend += f";\ncut: longer than {max_length} tokens"
     table, train, first = [], set(), {}
     for (split, language), rows in read_sets(folder, keys, labels).items():
-        texts = list(zip(rows.text_a, rows.text_b or rows.text_a))
+        texts = rows.text_a
+        if rows.text_b:
+            texts = list(zip(rows.text_a, rows.text_b))
         share = np.bincount(rows.labels, minlength=len(labels)) / len(texts)
         line = [f"{split}.{language}", f"{len(texts):,}", f"{group_numbers(rows).max() + 1:,}"]
         line += [f"{share.min():.1%}", f"{share.max():.1%}", f"{len(texts) - len(set(texts)):,}"]

@@ -91,8 +91,8 @@ def to_dtype(pooled, dtype, where):
 
 
 def make_array(path, shape, dtype):
-    """A .npy file of zeros that processes write into, memory-mapped; its room on the disk is taken
-    at once, for a full disk would be a bus error later."""
+    """A .npy file of zeros that processes write into, memory-mapped. Its room on the disk is taken
+    now: to write to the memory map of a full disk would kill the process (SIGBUS)."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with write_atomic(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -251,11 +251,16 @@ def main(argv=None):
         "batch_size": args.batch_size,
     }
     pairs = sets[keys[0]].text_b is not None
-    noted = {"model": args.model, "pairs": pairs, "versions": versions()}
+    not_compared = {"model": args.model, "pairs": pairs, "versions": versions()}
     settings = Extraction(tokenizer.pad_token_id, args.max_length, args.batch_size, args.dtype)
     with lock(out, rank):
         complete = rank == 0 and start_folder(
-            out, "manifest.json", "extract.py", manifest | noted, tuple(noted), args.overwrite
+            out,
+            "manifest.json",
+            "extract.py",
+            manifest | not_compared,
+            tuple(not_compared),
+            args.overwrite,
         )
         if broadcast(complete):
             if rank == 0:

@@ -17,7 +17,7 @@ All models of one pooling and rate train together. With L layers, the M = 2^L su
 in binary: model m has layer l if bit l of m is set (model 0 has none and is not reported). Their
 weights for layer l stand side by side in one matrix, so that a step is L matrix products, whatever
 M is, and none is spent on a layer that a model does not use. users() says which models these are,
-half() is where their logits stand, and one_model() takes one of them out.
+with_layer() is where their logits stand, and one_model() takes one of them out.
 
 Letters as in model.py and lib/scores.py; also K, what a product puts out: H hidden units, or the C
 classes where there is no hidden layer.
@@ -25,6 +25,7 @@ classes where there is no hidden layer.
 
 import csv
 import math
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -61,7 +62,7 @@ from lib.scores import Results, choices, columns_of, macro_f1, micro_f1, tied
 from lib.tables import joined, summary
 from model import POOLINGS, Classifier, Settings, save_model
 
-MASK_BITS = 1 << 23  # that dropout's masks are cut from
+MASK_LENGTH = 1 << 23  # of the long mask that dropout's masks are cut from
 
 
 class Recipe(NamedTuple):
@@ -87,7 +88,7 @@ def with_layer(full, layer):
 
     M is split into (higher bits, the bit of this layer, lower bits), and the bit is taken at 1.
     """
-    return full.unflatten(3, (-1, 2, 2**layer))[:, :, :, :, 1]
+    return full.unflatten(3, (-1, 2, 2**layer)).select(4, 1)
 
 
 def initial_weights(generators, n_layers, size, classes, hidden, dtype):
@@ -152,16 +153,16 @@ def train_models(
     weights = initial_weights(generators, n_layers, size, classes, hidden, dtype)
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=lr, fused=True)
     # dropout's masks are windows of a long one: to draw each anew costs a fifth of a step
-    length = max(MASK_BITS, 2 * n_layers * batch_size * max(size, hidden))
+    length = max(MASK_LENGTH, 2 * n_layers * batch_size * max(size, hidden))
     generator = torch.Generator(device).manual_seed(0)
-    mask_bits = torch.rand(length, device=device, generator=generator).ge(dropout)
-    mask_bits = mask_bits.to(features.dtype)
+    long_mask = torch.rand(length, device=device, generator=generator) >= dropout
+    long_mask = long_mask.to(features.dtype)  # 1 where a value is kept
 
     def draw_mask(generator, *shape):
         count = math.prod(shape)
-        last = len(mask_bits) - count
+        last = len(long_mask) - count
         start = int(torch.randint(last, (), generator=generator, device=device))
-        return mask_bits[start : start + count].view(shape)
+        return long_mask[start : start + count].view(shape)
 
     for _ in range(epochs):
         orders = [torch.randperm(count, generator=g, device=device) for g in generators]
@@ -196,8 +197,8 @@ def model_number(layers, combination):
 
 
 def one_model(weights, layers, combination, seed):
-    """One of the models of train_models() as a module: the features (B, D) of its layers, side by
-    side and scaled as those were -> (B, C).
+    """One of the models of train_models() as a module: the scaled features of its layers, side by
+    side (B, layers * D) -> (B, C).
 
     layers: those of the features, in order (bit l is the l-th); combination: some of them, in
     order; seed: its place among the seeds.
@@ -313,9 +314,9 @@ def scaling(features):
     and one number a layer (L, 1, 1), the root mean square of what is left, to divide by; infinite,
     which leaves zeros, for a layer that is the same in every row, as [CLS] of the embeddings is."""
     mean = features.mean(1, keepdim=True)
-    number = (features - mean).square().mean((1, 2), keepdim=True).sqrt()
-    same = number <= 1e-5 * mean.square().mean(2, keepdim=True).sqrt()
-    return mean, torch.where(same, torch.inf, number)
+    rms = (features - mean).square().mean((1, 2), keepdim=True).sqrt()
+    constant = rms <= 1e-5 * mean.square().mean(2, keepdim=True).sqrt()
+    return mean, torch.where(constant, torch.inf, rms)  # x / inf is 0
 
 
 def scaled(features, statistics, precision):
@@ -405,7 +406,7 @@ def mean_classifier(plan, combination, weights, statistics, seeds):
         parameter.data = torch.stack([model.get_parameter(name) for model in models]).mean(0)
     places = [plan.layers.index(layer) for layer in combination]
     mean, divisor = statistics[0][places].double(), statistics[1][places]  # (L, 1, D), (L, 1, 1)
-    first = classifier[0]
+    first = classifier[0]  # W (x - mean) / divisor + b = (W / divisor) x + b - (W / divisor) mean
     first.weight /= divisor.expand_as(mean).flatten()
     first.bias -= first.weight @ mean.flatten()
     return classifier.float().requires_grad_(False)
@@ -563,8 +564,8 @@ def read_manifest(folder, layers, poolings):
         for value in wanted:
             if value not in manifest[flag]:
                 raise UserError(
-                    f"--{flag} {value}: {folder} holds {' '.join(map(str, manifest[flag]))}, "
-                    "which was all there was when extract.py wrote it"
+                    f"--{flag} {value}: {folder} holds {' '.join(map(str, manifest[flag]))} alone: "
+                    f"name those with --{flag}, or extract anew"
                 )
     return manifest
 
@@ -711,6 +712,7 @@ def make_plan(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
     out, (rank, _) = Path(args.out), start_processes()
     # 1. what there is to train on, to test on and to choose by
@@ -722,12 +724,12 @@ def main(argv=None):
     if save:
         check_encoder(args.features)
     keys, parts = plan.keys, list_parts(plan, out)
-    noted = {"features": args.features, "versions": versions()}
+    not_compared = {"features": args.features, "arguments": argv, "versions": versions()}
     with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
         # 2. train what is not kept yet
         if rank == 0:
-            described = plan.description() | noted
-            start_folder(out, "run.json", "grid_search.py", described, tuple(noted), args.overwrite)
+            described, ignored = plan.description() | not_compared, tuple(not_compared)
+            start_folder(out, "run.json", "grid_search.py", described, ignored, args.overwrite)
             print(f"{len(keys) * plan.seeds:,} models on {describe_device()}")
             print(f"trained on {plan.source}, chosen by {select}")
             if select != args.select:

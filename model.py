@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         size = encoder.config.hidden_size
         features = size
         self.dense = None
-        if settings.head == "pooler":  # its settings say what it reads
+        if settings.head == "pooler":  # it reads [CLS] of the last layer: classifier.json says so
             settings = settings._replace(layers=[len(blocks(encoder))], pooling="cls")
             if getattr(encoder, "pooler", None) is None:
                 self.dense = nn.Linear(size, size)
@@ -140,26 +140,26 @@ def save_model(model, tokenizer, folder):
     """Write a Classifier, whole or not at all: transformers' own files beside classifier.*."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = hidden_beside(folder), hidden_beside(folder)
-    beside.mkdir()
+    new, old = hidden_beside(folder), hidden_beside(folder)  # two random names
+    new.mkdir()
     try:
-        model.encoder.save_pretrained(beside, state_dict=whole_state(model.encoder))
-        tokenizer.save_pretrained(beside)
+        model.encoder.save_pretrained(new, state_dict=whole_state(model.encoder))
+        tokenizer.save_pretrained(new)
         weights = {}
         for name, weight in model.state_dict().items():
             if not name.startswith("encoder."):
                 weights[name] = weight.contiguous()
-        save_file(weights, beside / "classifier.safetensors")
-        write_json(beside / "classifier.json", model.settings._asdict())
-        mode = (beside / "classifier.json").stat().st_mode
-        for path in beside.glob("*.safetensors"):  # which the library makes private
+        save_file(weights, new / "classifier.safetensors")
+        write_json(new / "classifier.json", model.settings._asdict())
+        mode = (new / "classifier.json").stat().st_mode
+        for path in new.glob("*.safetensors"):  # which the library makes private
             with suppress(OSError):  # some file systems have no modes
                 os.chmod(path, mode)
         if folder.exists():  # out of the way, and gone once the new one is in its place
             os.replace(folder, old)
-        os.replace(beside, folder)
+        os.replace(new, folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -129,7 +129,8 @@ def make_optimizer(model, weight_decay):
 def distributed(model):
     """The module to call in training: the model, or its DistributedDataParallel.
 
-    To be made anew after freezing: it waits for the gradients of trained parameters only.
+    To be made anew after freezing: it waits for a gradient of each parameter that was trained when
+    it was made.
     """
     if not dist.is_initialized():
         return model
@@ -143,7 +144,8 @@ def distributed(model):
 def micro_batches(encoded, rows, pad_id, max_length, device, accumulate):
     """This process's share of a global batch, in `accumulate` parts: (batch, is it the last?).
 
-    A share without rows is one row whose label is -1, which counts for nothing.
+    A process without rows runs one whose label is -1, which counts for nothing: the others wait for
+    its gradients.
     """
     rank, world = start_processes()
     share = rows[rank::world]
@@ -157,19 +159,21 @@ def micro_batches(encoded, rows, pad_id, max_length, device, accumulate):
         yield to_device(batch, device), i == len(parts) - 1
 
 
-def freezing_is_due(when, epoch, metrics, source):
-    """Whether layers are to be frozen by now (paper, section 1.6).
+def layers_due(layers, when, epoch, metrics, source):
+    """Which of `layers` are to be frozen by now (paper, section 1.6): none yet, or all.
 
-    `when` epochs are done; or, for "auto", an evaluation's mean accuracy on the dev sets of the
-    languages other than `source` was below the best before it.
+    All, once `when` epochs are done; or, for "auto", once an evaluation's mean accuracy on the dev
+    sets of the languages other than `source` was below the best before it.
     """
-    if when is None:
-        return False
-    if when != "auto":
-        return epoch >= when
-    languages = {row["language"] for row in metrics if row["split"] == "dev"} - {source}
-    means = list(mean_accuracies(metrics, "dev", languages, by="step").values())
-    return any(means[i] < max(means[:i]) for i in range(1, len(means)))
+    if when == "auto":
+        languages = {row["language"] for row in metrics if row["split"] == "dev"} - {source}
+        means = list(mean_accuracies(metrics, "dev", languages, by="step").values())
+        due = any(means[i] < max(means[:i]) for i in range(1, len(means)))
+    else:
+        due = when is not None and epoch >= when
+    if not due:
+        return []
+    return sorted(layers)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -184,8 +188,8 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     out, pad_id = Path(args.out), tokenizer.pad_token_id
     device, (rank, world) = pick_device(), start_processes()
     dtype, source = pick_precision(args.precision, device), args.train_language
-    per_epoch = -(-len(train_set.labels) // args.batch_size)
-    steps = args.epochs * per_epoch
+    steps_per_epoch = -(-len(train_set.labels) // args.batch_size)
+    steps = args.epochs * steps_per_epoch
 
     optimizer = make_optimizer(model, args.weight_decay)
     # in this order: the sum of clipping's norm depends on it in the last digit
@@ -196,12 +200,13 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
     wrapped, frozen = distributed(model), []
     model.train()
 
-    for epoch in range(step // per_epoch, args.epochs):
+    for epoch in range(step // steps_per_epoch, args.epochs):
         batches = train_batches(train_set.lengths, args.batch_size, args.seed, epoch)
-        for rows in batches[step - epoch * per_epoch :]:
+        for rows in batches[step - epoch * steps_per_epoch :]:
             # freezing on the go (paper, section 1.6); "auto" may fall due in the midst of an epoch
-            if not frozen and freezing_is_due(args.freeze_epoch, epoch, metrics, source):
-                frozen = sorted(args.freeze_layers)
+            due = layers_due(args.freeze_layers, args.freeze_epoch, epoch, metrics, source)
+            if due != frozen:
+                frozen = due
                 for parameter in freeze_layers(model.encoder, frozen, readers):
                     optimizer.state.pop(parameter, None)  # AdamW and clipping skip it from now on
                 wrapped = distributed(model)
@@ -218,7 +223,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
                 scaler.scale(loss * (world / len(rows))).backward()  # DDP averages over processes
                 right = (logits.argmax(1) == labels).sum()
-                totals[:3] += torch.stack([loss.detach(), right, (labels >= 0).sum()])
+                totals += torch.stack([loss.detach(), right, (labels >= 0).sum()])
 
             # the step
             rate = learning_rate(step, steps, args.lr, args.schedule)
@@ -233,10 +238,12 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             log.step(len(rows))
 
             # all that follows is logging, evaluating and saving
-            end_of_epoch = step == (epoch + 1) * per_epoch
+            end_of_epoch = step == (epoch + 1) * steps_per_epoch
             evaluate_now = end_of_epoch or (args.eval_steps and step % args.eval_steps == 0)
             save_now = end_of_epoch or (args.save_steps and step % args.save_steps == 0)
-            stop_now = world == 1 and stop.number  # of several, add_up() asks all
+            stop_now = 0
+            if world == 1:  # several processes agree on it in add_up(), every LOG_STEPS steps
+                stop_now = stop.number
             if not (evaluate_now or save_now or stop_now or step % LOG_STEPS == 0):
                 continue
             mean_loss, accuracy, stop_now = add_up(totals, stop.number)
@@ -246,7 +253,7 @@ def fit(args, model, tokenizer, readers, train_set, sets, stop, log):
             if evaluate_now:
                 scores = {("train", ""): (accuracy, mean_loss)}
                 scores |= score_sets(model, sets, pad_id, dtype, args.max_length)
-                done = epoch + 1 if end_of_epoch else round(step / per_epoch, 4)
+                done = epoch + 1 if end_of_epoch else round(step / steps_per_epoch, 4)
                 metrics += metric_rows(scores, done, step, rate, frozen, speed)
                 log.evaluation(metrics[-len(scores) :], metrics)
                 totals.zero_()
@@ -303,13 +310,14 @@ def score_sets(model, sets, pad_id, dtype, max_length):
 def add_up(totals, signal_number):
     """Over all processes: mean loss and accuracy since the last evaluation, and a signal, or 0.
 
-    totals: (4,) loss, right answers, rows, processes that got a signal. The first process keeps the
-    sum of all, the others begin again from 0.
+    totals: (3,) loss, right answers, rows. The first process keeps the sum of all, the others begin
+    again from 0.
     """
-    totals[3] = signal_number > 0
+    numbers = torch.cat([totals, totals.new_tensor([signal_number > 0])])
     if dist.is_initialized():
-        dist.all_reduce(totals)
-    loss, right, rows, signalled = totals.tolist()
+        dist.all_reduce(numbers)
+    totals.copy_(numbers[:3])
+    loss, right, rows, signalled = numbers.tolist()
     if start_processes()[0] > 0:
         totals.zero_()  # or the next sum would count them twice
     if signalled and not signal_number:  # another process got it
@@ -361,7 +369,7 @@ def load_state(out, model, optimizer, scaler):
     first) and the mean of the weights; or those to begin with.
     """
     path, device = out / "resume" / "state.pt", next(model.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     if not path.exists():
         return 0, [], totals, {}
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -369,7 +377,7 @@ def load_state(out, model, optimizer, scaler):
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     if start_processes()[0] == 0:
-        totals[:3] = saved["totals"][:3]
+        totals.copy_(saved["totals"])
         print(f"going on after step {saved['step']}")
     return saved["step"], saved["metrics"], totals, saved["mean"]
 

@@ -116,12 +116,38 @@ def read_jsonl(content, name):
     return list(header), rows, lines
 
 
-READERS = {"tsv": read_tsv, "csv": read_csv, "jsonl": read_jsonl}
+def clean(text):
+    """Text for a cell of a .tsv: tabs and line breaks become spaces, all else stays."""
+    return re.sub(r"[\t\r\n]", " ", text)
+
+
+def write_tsv(file, columns):
+    for cells in [columns, *zip(*columns.values())]:
+        file.write("\t".join(map(clean, cells)) + "\n")
+
+
+def write_csv(file, columns):
+    file.write("\ufeff")  # without which a spreadsheet takes it for an older encoding
+    csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values())])
+
+
+def write_jsonl(file, columns):
+    for cells in zip(*columns.values()):
+        file.write(json.dumps(dict(zip(columns, cells)), ensure_ascii=False) + "\n")
+
+
+# how each form is read, (bytes, name) -> header, rows, lines; and written, from {name: N cells}
+FORMS = {
+    "tsv": (read_tsv, write_tsv),
+    "csv": (read_csv, write_csv),
+    "jsonl": (read_jsonl, write_jsonl),
+}
 
 
 def parse_columns(content, name, form="tsv"):
     """A table's bytes -> {column name: [N cells]}, [N line numbers]. UserError for a broken one."""
-    header, rows, lines = READERS[form](content, name)
+    read, _ = FORMS[form]
+    header, rows, lines = read(content, name)
     if len(set(header)) < len(header):
         raise UserError(f"{name}, line 1: two columns have one name: {', '.join(header)}")
     if not rows:
@@ -138,7 +164,7 @@ def parse_columns(content, name, form="tsv"):
 def table_form(path):
     """How a file is written, by its name: csv, jsonl, and tsv for all others."""
     suffix = Path(path).suffix.lower()
-    if suffix[1:] in READERS:
+    if suffix[1:] in FORMS:
         return suffix[1:]
     if suffix in SPREADSHEETS:
         raise UserError(
@@ -166,31 +192,12 @@ def read_columns(path):
 
 def write_columns(path, columns):
     """Write {name: N cells} as .tsv, .csv or .jsonl; "-" is standard output."""
-    form = table_form(path)
+    _, write = FORMS[table_form(path)]
     if str(path) == "-":
-        write_rows(sys.stdout, columns, form)
+        write(sys.stdout, columns)
         return
     with write_atomic(path) as file:
-        if form == "csv":
-            file.write("\ufeff")  # without which a spreadsheet takes it for an older encoding
-        write_rows(file, columns, form)
-
-
-def write_rows(file, columns, form):
-    rows = zip(*columns.values())
-    if form == "jsonl":
-        for cells in rows:
-            file.write(json.dumps(dict(zip(columns, cells)), ensure_ascii=False) + "\n")
-    elif form == "csv":
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-    else:
-        for cells in [columns, *rows]:
-            file.write("\t".join(map(clean, cells)) + "\n")
-
-
-def clean(text):
-    """Text for a cell of a .tsv: tabs and line breaks become spaces, all else stays."""
-    return re.sub(r"[\t\r\n]", " ", text)
+        write(file, columns)
 
 
 def need_columns(columns, names, path):

@@ -220,10 +220,11 @@ def equal_layers(expected, states):
 def parameter_layers(encoder, top):
     """Which layers up to `top` read each parameter, by name: {name: (first, last)}.
 
-    Those of block k are read by layer k, those that blocks share by all of theirs. Of the others
+    Those of block k are read by layer k, those that blocks share by all of theirs. Of any other
     (embeddings, a projection beside them, relative positions, a last norm) the first reader is the
-    lowest layer whose states depend on them, and, but for those of layer 0, all layers above may
-    read them too. Parameters that no layer up to `top` reads, as BERT's pooler, are left out.
+    lowest layer whose states depend on it; where that is layer 0 it is the only one, else every
+    layer above counts as a reader, too. Parameters that no layer up to `top` reads, as BERT's
+    pooler, are left out.
     """
     in_blocks = {}
     for k, block in enumerate(blocks(encoder), 1):
@@ -291,11 +292,11 @@ def check_tokens(encoder, ids):
 
 
 def keep_tokens(encoder, ids, pad_id):
-    """Keep only the rows of the word embeddings that the token `ids` use, and those up to [PAD],
-    whose number stays.
+    """Shrink the table of word embeddings to the rows that the token `ids` use, and the first ones
+    up to [PAD], so that it keeps its id.
 
-    The others get no gradient and stay as they are; yet Adam, clipping and the gradient itself
-    would go over all of them at every step. whole_state() puts the rows back. Returns the new id of
+    The others would get no gradient and stay as they are; yet Adam, clipping and the gradient
+    itself would go over them at every step. whole_state() puts them back. Returns the new id of
     each old one, (V,) int32.
     """
     check_tokens(encoder, ids)

@@ -93,7 +93,11 @@ def choose_epochs(metrics, protocol, languages, source, folder):
     best = best_epochs(metrics, source)
     chosen = {}
     for language in languages:
-        name = {"en": source, "oracle": language}.get(protocol, protocol)
+        name = protocol  # best_epochs() has joint, test, and each language by its own dev
+        if protocol == "en":
+            name = source
+        elif protocol == "oracle":
+            name = language
         if name not in best:
             raise UserError(
                 f"--epoch {protocol}: {folder} was not evaluated after each epoch on the sets of "

@@ -36,7 +36,8 @@ def markdown_table(header, rows):
 
 def paper_order(languages):
     """Languages in the order of the paper's Table 1, the others after them."""
-    return sorted(languages, key=lambda l: ([*PAPER_LANGUAGES, l].index(l), l))
+    in_paper = [language for language in PAPER_LANGUAGES if language in languages]
+    return in_paper + sorted(set(languages) - set(in_paper))
 
 
 # --- accuracies of runs ---------------------------------------------------------------------------
@@ -158,9 +159,11 @@ def protocol_table(systems, protocols):
         cells = [system["name"]]
         for protocol in protocols:
             scores = system["protocols"][protocol]
-            # a system of several sources is at home in each of its languages
-            home = [score for language, score in scores.items() if source in (language, None)]
-            others = [score for language, score in scores.items() if source not in (language, None)]
+            sources = [source]
+            if source is None:  # Translate-Train: each run counts in its own language
+                sources = list(scores)
+            home = [scores[language] for language in scores if language in sources]
+            others = [scores[language] for language in scores if language not in sources]
             cells.append(f"{percent(home)} / {percent(others)}")
         rows.append(cells)
     return markdown_table(["system", *protocols], rows)
@@ -286,7 +289,8 @@ def rates_table(keys, mean, poolings, rates):
         groups["each at its best"] = range(len(keys))
     rows = []
     for name, places in groups.items():
-        order = [places[i] for i in rank([keys[g] for g in places], mean[places] / 100)]
+        ranked_places = rank([keys[g] for g in places], mean[places] / 100)  # of fractions
+        order = [places[i] for i in ranked_places]
         best = order[0]
         single = next(g for g in order if len(keys[g][1]) == 1)
         row = [name]

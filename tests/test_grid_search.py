@@ -29,7 +29,7 @@ from model import POOLINGS, load_model
 def small_pool():
     """Dropout's masks are cut from 8 million values; drawing a thousand is quicker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid_search, "MASK_BITS", 997)
+        patch.setattr(grid_search, "MASK_LENGTH", 997)
         yield
 
 
