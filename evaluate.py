@@ -115,9 +115,15 @@ class Model(NamedTuple):
 
 
 def find_model(folder):
-    """The folder of a model: the one given, or of a run's last epoch."""
-    if (Path(folder) / "classifier.json").is_file():
-        return Path(folder)
+    """The folder of a model: the one given, a grid's, or that of a run's last epoch."""
+    for path in (Path(folder), Path(folder) / "model"):
+        if (path / "classifier.json").is_file():
+            return path
+    if not (Path(folder) / "metrics.jsonl").exists():
+        raise UserError(
+            f"{folder} is no run of train.py and no model: it has no classifier.json (the search "
+            "writes one with --save-model)"
+        )
     _, metrics = read_run(folder)
     return kept_epoch(folder, last_epoch(metrics))
 
@@ -319,17 +325,18 @@ def evaluate_system(system, split, protocols, batch_size):
     entries, right = [], {protocol: {} for protocol in protocols}
     for run in system.runs:
         languages = list(split.rows) if system.source else [run.source]
-        found = {}
+        by_protocol = {}
         for protocol in protocols:
             epochs = choose_epochs(run.metrics, protocol, languages, run.source, run.folder)
-            found[protocol] = {"epochs": epochs, "accuracy": {}}
+            accuracy = {}
             for language, logits in run_logits(run.folder, epochs, split, batch_size).items():
                 is_right = logits.argmax(1) == split.rows[language].labels  # (N, C) -> (N,)
-                found[protocol]["accuracy"][language] = float(is_right.mean())
+                accuracy[language] = float(is_right.mean())
                 right[protocol].setdefault(language, {})[run.seed] = is_right
+            by_protocol[protocol] = {"epochs": epochs, "accuracy": accuracy}
         about = {"run": str(run.folder), "seed": run.seed, "train_language": run.source}
-        # the first protocol's numbers stand flat, for the table
-        entries.append(about | found[protocols[0]] | {"protocols": found})
+        # the first protocol's numbers stand beside these, too: they are those of the table
+        entries.append(about | by_protocol[protocols[0]] | {"protocols": by_protocol})
     means = {protocol: by_language(right[protocol], np.mean) for protocol in protocols}
     entry = {"name": system.name, "train_language": system.source, "runs": entries}
     entry["mean"] = means[protocols[0]]
@@ -354,15 +361,14 @@ def evaluate(systems, split, protocols, baseline, batch_size):
     groups = {language: group_numbers(rows) for language, rows in split.rows.items()}
     sources = {system.source for system in systems}
     for system, entry in zip(systems, entries):
-        own = {run.source for run in system.runs}
-        own_right = right[system.name]
-        entry["protocol_differences"] = {}
+        by_protocol, trained_on = right[system.name], {run.source for run in system.runs}
+        at_first, entry["protocol_differences"] = by_protocol[first], {}
         for protocol in protocols[1:]:
-            difference = compare(own_right[protocol], own_right[first], groups, own, together)
+            difference = compare(by_protocol[protocol], at_first, groups, trained_on, together)
             entry["protocol_differences"][protocol] = difference
         if system.name != baseline:
             other = right[baseline][first]
-            entry["difference"] = compare(own_right[first], other, groups, sources, together)
+            entry["difference"] = compare(at_first, other, groups, sources, together)
     return {
         "data": str(split.folder),
         "split": split.name,
@@ -465,6 +471,8 @@ def parse_args(argv):
             parser.error("--input labels your own text: leave out the flags of a table")
         if len(args.runs) != 1 or not args.input or not args.predictions:
             parser.error("your own text needs --input, --predictions and exactly one run or model")
+        if args.input == args.predictions != "-":
+            parser.error("--predictions would be written over --input: give it another name")
     elif not args.data or not args.out:
         parser.error("give --data and --out for a table, or --input and --predictions for text")
     return args

@@ -156,7 +156,9 @@ def plot_confusion(folder):
     """The confusion matrices of the chosen combination, a panel a language."""
     paths = {path.name.split(".")[1]: path for path in Path(folder).glob("confusion.*.csv")}
     if not paths:
-        raise UserError(f"{folder} holds no confusion.LANG.csv: run grid_search.py")
+        raise UserError(
+            f"{folder} holds no confusion.LANG.csv: grid_search.py writes one for each test file"
+        )
     figure, axes = panels(len(paths), columns=4, height=1.7)
     for axis, language in zip(axes.flat, paper_order(paths)):
         with open(paths[language], encoding="utf-8", newline="") as file:
@@ -251,7 +253,8 @@ def plot_differences(folder):
     systems = [system for system in results["systems"] if system.get("difference")]
     if not systems:
         raise UserError(
-            f"{folder}/results.json compares no two systems: give evaluate.py two or more"
+            f"{folder}/results.json compares no two systems: give evaluate.py two or more that "
+            "have a seed in common"
         )
     languages = list(systems[0]["difference"])
     for system in systems:

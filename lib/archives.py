@@ -443,18 +443,25 @@ def own_rows(path, names, label_at):
 
 
 def hold_out(rows, group_at, label_at, share, seed):
-    """Split rows into train and dev: whole groups, about `share` of those of each class.
+    """Split rows into train and dev: whole groups, about `share` of the rows of each class.
 
     A group counts as its first row's class. A class of two groups or more is in both.
     """
     random = np.random.default_rng(seed)
     label_of, groups_of, held = {}, {}, set()
+    sizes = Counter(row[group_at] for row in rows)
     for row in rows:
         label_of.setdefault(row[group_at], row[label_at])
     for group, label in label_of.items():
         groups_of.setdefault(label, []).append(group)
     for _, groups in sorted(groups_of.items()):
-        count = min(max(1, round(share * len(groups))), len(groups) - 1)
-        held.update(groups[i] for i in random.permutation(len(groups))[:count])
+        left = share * sum(sizes[group] for group in groups)
+        chosen = []
+        for i in random.permutation(len(groups)):
+            if sizes[groups[i]] / 2 < left:  # more of it fits than does not
+                chosen.append(groups[i])
+                left -= sizes[groups[i]]
+        chosen = chosen or [min(groups, key=sizes.get)]
+        held.update(chosen[: len(groups) - 1])
     train = [row for row in rows if row[group_at] not in held]
     return train, [row for row in rows if row[group_at] in held]

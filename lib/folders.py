@@ -66,6 +66,8 @@ def read_json(path, script, keys=()):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it is made by {script}") from None
+    except ValueError:
+        raise UserError(f"{path} is no JSON: it was not made by {script}") from None
     for key in keys:
         if key not in value:
             raise UserError(f"{path} lacks {key!r}: not made by this version of {script}?")

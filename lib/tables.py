@@ -73,16 +73,24 @@ def report(results):
         text += f".\n\n{protocol_table(systems, meaning)}\n"
 
     # differences
-    to_baseline, to_first = {}, {}
+    to_baseline, to_first, alone = {}, {}, []
     for system in systems:
-        if system.get("difference"):
-            to_baseline[system["name"]] = system["difference"]
+        name, difference = system["name"], system.get("difference", {})
+        shared = max((entry["seeds"] for entry in difference.values()), default=0)
+        if shared:
+            if shared < count_seeds(system):
+                name += f" ({shared} of {count_seeds(system)} seeds)"
+            to_baseline[name] = difference
+        elif "difference" in system:
+            alone.append(name)
         for protocol, entries in system["protocol_differences"].items():
             to_first[f"{system['name']}, {protocol}"] = entries
     columns = [*rows, "others"]
     if to_baseline:
         text += f"\nDifference to {results['baseline']}, in points:\n\n"
         text += difference_table(to_baseline, columns) + "\n"
+    if alone:
+        text += f"\nNot compared, for want of a seed in common: {', '.join(alone)}.\n"
     if to_first:
         text += f"\nDifference to the same runs at `{results['epoch']}`, in points:\n\n"
         text += difference_table(to_first, columns) + "\n"

@@ -447,6 +447,7 @@ def test_a_run_that_lacks_something(name, content, message, run, data, refused, 
         ("run", "give --data and --out for a table"),
         ("run --data d --out o --text body", "--input labels your own text: leave out"),
         ("run --text body", "needs --input, --predictions"),
+        ("run --input x.csv --predictions x.csv", "--predictions would be written over --input"),
         ("--data d --out o", "name a run folder"),
         ("run --data d --out o --epoch last best", "--epoch best: expected last, mean, en, joint,"),
         ("run --input i", "needs --input, --predictions"),
@@ -499,12 +500,16 @@ def test_classify_labels_texts_from_python(runs, pair_run, capsys):
     """By a run, which counts at its last epoch, and by a folder that is no run's."""
     texts, run = ["my money", "please cancel", "the late parcel now"], runs / "baseline"
     expected = softmax(logits_by_hand(run / "epochs" / "3", [[text] for text in texts]))
-    for folder in (str(run), run / "epochs" / "3"):
+    grid = run.parent / "grid"  # as the search leaves it
+    grid.mkdir()
+    (grid / "model").symlink_to(run / "epochs" / "3")
+    for folder in (str(run), run / "epochs" / "3", grid):
         labels, probabilities = evaluate.classify(folder, iter(texts))
         assert labels == [LABELS[i] for i in expected.argmax(1)]
         np.testing.assert_allclose(probabilities, expected, atol=1e-5)
-    for folder, wrong in ((pair_run, texts), (run, [("my", "money")]), (run, [])):
-        with pytest.raises(UserError, match="was trained on|no texts"):
+    none = run / "epochs"
+    for folder, wrong in ((pair_run, texts), (run, [("my", "money")]), (run, []), (none, texts)):
+        with pytest.raises(UserError, match="was trained on|no texts|no run of train.py and no"):
             evaluate.classify(folder, wrong)
     assert capsys.readouterr() == ("", "")
 
@@ -579,9 +584,12 @@ def test_differences_are_those_of_the_kept_logits(runs, data_folder, tabulate):
         assert entry == pytest.approx(expected)
         low, high = 100 * entry["low"], 100 * entry["high"]
         assert f"{100 * entry['difference']:+.1f} [{low:+.1f}, {high:+.1f}]†" in text
+    assert "| wf (1 of 2 seeds) |" in text
     others = np.mean([wf["difference"][language]["difference"] for language in ("de", "zh")])
     assert wf["difference"]["others"]["difference"] == pytest.approx(others)
     assert "† One seed: the rows' interval" in text and "]*" not in text
+    _, text = tabulate(data_folder, *(runs / name for name in names[::2]))
+    assert "for want of a seed in common: wf-seed1." in text
 
 
 def test_a_star_needs_holms_p_and_two_seeds():

@@ -166,7 +166,7 @@ def test_confusion_shows_shares_of_the_true_class(grid, draw):
     "arguments, message",
     [
         (["grid", "."], "best.json does not exist"),
-        (["confusion", "."], "holds no confusion.LANG.csv: run grid_search.py"),
+        (["confusion", "."], "holds no confusion.LANG.csv: grid_search.py writes"),
         (["training", "base", "--split", "test"], "evaluated on test (train.py --track-test)"),
         (["differences", "results"], "compares no two systems"),
     ],
