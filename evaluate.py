@@ -193,7 +193,7 @@ def label_file(folder, source, target, names, batch_size):
     labels, probabilities = classify(path, texts, batch_size, str(source))
     columns["prediction"] = labels
     for name, column in zip(added[1:], probabilities.T):
-        columns[name] = [f"{probability:.6f}" for probability in column]
+        columns[name] = column.round(6).tolist()
     write_columns(target, columns)
     sentence = f"{target}: {len(labels):,} rows, by {path}"
     if known:

@@ -116,9 +116,9 @@ def read_jsonl(content, name):
     return list(header), rows, lines
 
 
-def clean(text):
+def clean(cell):
     """Text for a cell of a .tsv: tabs and line breaks become spaces, all else stays."""
-    return re.sub(r"[\t\r\n]", " ", text)
+    return re.sub(r"[\t\r\n]", " ", str(cell))
 
 
 def write_tsv(file, columns):
