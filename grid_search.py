@@ -296,11 +296,11 @@ class Plan(NamedTuple):
 
 
 def load_features(plan, pooling, stem):
-    """The layers of one file of features (L, N, D) and its labels (N,)."""
+    """The layers of one file of features, (L, N, D) float32."""
     array = np.load(Path(plan.folder) / f"{stem}.{pooling}.npy", mmap_mode="r")
     places = [plan.manifest["layers"].index(layer) for layer in plan.layers]
     features = torch.from_numpy(array[places].astype(np.float32))
-    return features.to(plan.device), load_labels(plan, stem)
+    return features.to(plan.device)
 
 
 def load_labels(plan, stem):
@@ -336,7 +336,8 @@ def list_parts(plan, out):
 
 def train_group(plan, pooling, lr, seeds, progress):
     """Train all combinations under one pooling and rate: their weights, and their scaling()."""
-    features, labels = load_features(plan, pooling, f"train.{plan.source}")
+    stem = f"train.{plan.source}"
+    features, labels = load_features(plan, pooling, stem), load_labels(plan, stem)
     mean, divisor = scaling(features)
     if plan.scale == "none":
         mean, divisor = torch.zeros_like(mean), torch.ones_like(divisor)
@@ -362,9 +363,8 @@ def search(plan, parts):
             weights, statistics = train_group(plan, pooling, lr, seeds, bar.update)
             scores = []
             for stem in plan.files:
-                features, labels = load_features(plan, pooling, stem)
-                features = scaled(features, statistics, plan.precision)
-                scores.append(f1_scores(weights, features, labels, classes))
+                features = scaled(load_features(plan, pooling, stem), statistics, plan.precision)
+                scores.append(f1_scores(weights, features, load_labels(plan, stem), classes))
             seconds = (time.perf_counter() - start) / len(seeds)
             scores = np.array(scores)[..., 1:]  # (F, 2, S, M): model 0 has no layer
             for s, seed in enumerate(seeds):
@@ -439,8 +439,8 @@ def logits_of(plan, key, weights, statistics):
     pooling, combination, _ = key
     number, logits = model_number(plan.layers, combination), {}
     for stem in plan.files:
-        features, _ = load_features(plan, pooling, stem)
-        chunks = all_logits(weights, scaled(features, statistics, plan.precision))
+        features = scaled(load_features(plan, pooling, stem), statistics, plan.precision)
+        chunks = all_logits(weights, features)
         logits[stem] = torch.cat([chunk[..., number].clone() for chunk in chunks], dim=1)
     return logits
 
@@ -454,7 +454,7 @@ def compare_labels(plan, key, classifier, logits):
     places = [plan.layers.index(layer) for layer in combination]
     rows, gaps = 0, []
     for stem, of_seeds in logits.items():
-        features, _ = load_features(plan, pooling, stem)
+        features = load_features(plan, pooling, stem)
         side_by_side = features[places].transpose(0, 1).flatten(1)  # (N, layers * D)
         mean = of_seeds.mean(0)  # (N, C)
         best, second = mean.topk(2).values.unbind(1)
@@ -711,8 +711,16 @@ def make_plan(args):
     )
 
 
+def read_plan(out):
+    """The Plan of the search in a grid folder."""
+    keys = ("arguments", "precision")
+    run = read_json(Path(out) / "run.json", "grid_search.py", keys)
+    plan = make_plan(parse_args(run["arguments"]))
+    return plan._replace(precision=getattr(torch, run["precision"]))
+
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
     args = parse_args(argv)
     out, (rank, _) = Path(args.out), start_processes()
     # 1. what there is to train on, to test on and to choose by

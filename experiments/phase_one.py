@@ -14,23 +14,18 @@ data set folder for the rows that belong together. Prints a Markdown table; the 
 rows and seeds (lib/significance.py).
 """
 
-from pathlib import Path
-
 import torch
 
 from data import group_numbers, read_labels, read_sets
 from grid_search import (
-    Plan,
-    Recipe,
     all_logits,
     load_features,
+    load_labels,
     model_number,
-    read_manifest,
+    read_plan,
     scaled,
     train_group,
 )
-from lib.devices import pick_device
-from lib.folders import read_json
 from lib.messages import UserError, cli, make_parser, progress_bar
 from lib.scores import ranked, read_grid
 from lib.significance import holm, intervals, parallel, verdict
@@ -44,38 +39,12 @@ COMPARED = [  # number of the conclusion, A, B
 ]
 
 
-def read_plan(folder):
-    """The Plan of a grid folder, tested on the other languages' test files."""
-    run = read_json(folder / "run.json", "grid_search.py", ("features", "seeds", "precision"))
-    manifest = read_manifest(run["features"], run["layers"], run["poolings"])
-    source = run["train_language"]
-    files = []
-    for name in sorted(manifest["inputs"]):
-        split, language, _ = name.split(".")
-        if split == "test" and language != source:
-            files.append(f"test.{language}")
-    return Plan(
-        folder=run["features"],
-        manifest=manifest,
-        source=source,
-        files=files,
-        layers=run["layers"],
-        poolings=run["poolings"],
-        rates=run["lr"],
-        seeds=run["seeds"],
-        recipe=Recipe(*(run[field] for field in Recipe._fields)),
-        scale=run["scale"],
-        precision=getattr(torch, run["precision"]),
-        device=pick_device(),
-    )
-
-
 def correctness(plan, weights, scale, pooling):
     """Whether each model is right, mean over the files: (S, N, M)."""
     total = 0
     for stem in plan.files:
-        features, labels = load_features(plan, pooling, stem)
-        chunks = all_logits(weights, scaled(features, scale, plan.precision))
+        features = scaled(load_features(plan, pooling, stem), scale, plan.precision)
+        labels, chunks = load_labels(plan, stem), all_logits(weights, features)
         guesses = torch.cat([chunk.argmax(2) for chunk in chunks], dim=1)  # (S, N, M)
         total = total + (guesses == labels[None, :, None]).float()
     return total / len(plan.files)
@@ -146,7 +115,9 @@ def main(argv=None):
     parser.add_argument("grid", help="grid folder of grid_search.py")
     parser.add_argument("--data", required=True, help="data set folder that the features are of")
     args = parser.parse_args(argv)
-    plan = read_plan(Path(args.grid))
+    plan = read_plan(args.grid)
+    of_test = [stem for stem in plan.files if stem.startswith("test.")]
+    plan = plan._replace(files=[stem for stem in of_test if stem != f"test.{plan.source}"])
     groups = read_groups(args.data, plan)
     results, best = read_grid(args.grid)
     kept, keys = choose(results, best["select"], plan.layers)
