@@ -25,6 +25,7 @@ classes where there is no hidden layer.
 
 import csv
 import math
+import shlex
 import sys
 import time
 from itertools import product
@@ -713,9 +714,10 @@ def make_plan(args):
 
 def read_plan(out):
     """The Plan of the search in a grid folder."""
-    keys = ("arguments", "precision")
+    keys = ("command", "precision")
     run = read_json(Path(out) / "run.json", "grid_search.py", keys)
-    plan = make_plan(parse_args(run["arguments"]))
+    _, *flags = shlex.split(run["command"])
+    plan = make_plan(parse_args(flags))
     return plan._replace(precision=getattr(torch, run["precision"]))
 
 
@@ -732,7 +734,8 @@ def main(argv=None):
     if save:
         check_encoder(args.features)
     keys, parts = plan.keys, list_parts(plan, out)
-    not_compared = {"features": args.features, "arguments": argv, "versions": versions()}
+    command = shlex.join(["grid_search.py", *argv])
+    not_compared = {"features": args.features, "command": command, "versions": versions()}
     with lock(out, rank), out_of_memory("name fewer --layers, or --seeds at a time"):
         # 2. train what is not kept yet
         if rank == 0:

@@ -33,6 +33,17 @@ XNLI_LABELS = ["entailment", "neutral", "contradiction"]
 MASSIVE_HOST = "https://amazon-massive-nlu-dataset.s3.amazonaws.com"
 MASSIVE_URL = f"{MASSIVE_HOST}/amazon-massive-dataset-1.0.tar.gz"
 
+# what the libraries raise for an archive that is damaged; a byte of a member's head may say that it
+# is encrypted (RuntimeError), or that its name is of an encoding that it is not
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
 # gzip's own errors have none; zipfile seeks before the start of a file that lacks its beginning
 DAMAGED_ERRNOS = (None, errno.EINVAL)
 
@@ -280,7 +291,7 @@ def read_archive(path, wanted):
             for key in keys:
                 missing.pop(key, None)
                 yield key, name, columns
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except ARCHIVE_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in DAMAGED_ERRNOS:
             raise
         raise UserError(

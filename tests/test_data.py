@@ -178,7 +178,8 @@ def test_a_damaged_archive_is_one_sentence(tmp_path, convert, name):
     path = tmp_path / "archives" / name
     good = path.read_bytes()
     letter = good.replace(b"He said", b"he said").replace(b'de-DE \\"7', b'de-DE \\"8')
-    for bad in (good[: len(good) // 2], good[99:], letter, b"<html>moved</html>"):
+    locked = letter.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")  # zip's flag
+    for bad in (good[: len(good) // 2], good[99:], letter, locked, b"<html>moved</html>"):
         assert bad != good
         path.write_bytes(bad)
         sentence = convert("xnli" if "XNLI" in name else "massive", "--languages en de")
