@@ -22,7 +22,7 @@ from test_messages import Child
 NAMES = "bert-base-multilingual-uncased intfloat/multilingual-e5-small".split()
 SMALL = {
     "data.py": "",
-    "data.py xnli": "--archives archives",
+    "data.py xnli": "--archives archives --languages en de",
     "data.py massive": "--archives archives",
     "extract.py": "",
     "grid_search.py": "--layers 6 8 11 --seeds 2 --epochs 2",
@@ -41,7 +41,7 @@ def rows(name, count):
 def write_archives(folder):
     """XNLI's two archives and MASSIVE's, with a few of the sample's rows."""
     folder.mkdir()
-    languages = "en zh es de ar ur fr".split()
+    languages = ["en", "de"]
     with zipfile.ZipFile(folder / "XNLI-1.0.zip", "w") as archive:
         for split in ("dev", "test"):
             lines = ["language\tsentence1\tsentence2\tgold_label\tgroup"]
