@@ -108,7 +108,6 @@ def torchrun(lines, folder):
         [sys.executable, *launch, str(folder / "driver.py"), str(folder / "commands")],
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
