@@ -84,7 +84,8 @@ def report(results):
         elif "difference" in system:
             alone.append(name)
         for protocol, entries in system["protocol_differences"].items():
-            to_first[f"{system['name']}, {protocol}"] = entries
+            if entries:  # Translate-Train's languages may share no seed
+                to_first[f"{system['name']}, {protocol}"] = entries
     columns = [*rows, "others"]
     if to_baseline:
         text += f"\nDifference to {results['baseline']}, in points:\n\n"
